@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block manager's side: which blocks a compacted request gives back, and which may be shared.
+
+Blocks ``[0, freed_blocks)`` of a compacted request hold the prompt as it was computed. They are
+hashed and shared like any others and freed as soon as the compaction has run. Blocks from there
+on are rewritten, so they are never hashed and a prefix-cache hit never reaches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from vllm_acckv.engine import compat
+from vllm_acckv.plan import Plan
+
+
+class KVPolicyManager(FullAttentionManager):
+    """Full attention whose requests may give up leading blocks once their prompt is compacted.
+
+    Attributes:
+        plans: the plan of every request of the scheduler, compressed or not.
+        freed: blocks each request has given back through compaction so far.
+    """
+
+    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.plans: dict[str, Plan] = {}
+        self.freed: dict[str, int] = {}
+
+    def active_plan(self, request_id: str) -> Plan | None:
+        """The plan of a request that will be or is compacted."""
+        plan = self.plans.get(request_id)
+        return plan if plan is not None and plan.active else None
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        plan = self.active_plan(request_id)
+        if plan is None or processed_computed_tokens < plan.end:
+            return
+        if request_id in self.req_to_blocks:
+            self._remove_blocks_in_range(request_id, 0, plan.freed_blocks)
+            self.freed[request_id] = plan.freed_blocks
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        plan = self.active_plan(request.request_id)
+        if plan is None:
+            super().cache_blocks(
+                request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+            )
+            return
+        # From the first chunk on: blocks are hashed when they are allocated, before they are
+        # rewritten. The partial tail that FullAttentionManager adds lies in rewritten blocks.
+        SingleTypeKVCacheManager.cache_blocks(
+            self,
+            request,
+            min(num_tokens, plan.freed_blocks * self.block_size),
+            retention_interval,
+            replay_boundaries=replay_boundaries,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPolicySpec(FullAttentionSpec):
+    """KV cache of a layer under a policy: stored like full attention, managed by our manager."""
+
+    @classmethod
+    def from_full_attention(cls, spec: FullAttentionSpec) -> KVPolicySpec:
+        return cls(**{name: getattr(spec, name) for name in spec.__dataclass_fields__})
+
+
+def _register_spec() -> None:
+    # vLLM registers its own specs only while the registry is empty; this check makes it do so.
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+    KVCacheSpecRegistry.register(
+        KVPolicySpec, KVPolicyManager, uniform_type_base_spec=FullAttentionSpec
+    )
+
+
+# On import, because a scheduler process first meets the class when it unpickles a worker's spec.
+_register_spec()
+
+
+def install() -> None:
+    """Wrap the scheduler's two functions that must know a request's plan."""
+    compat.wrap("get_computed_blocks", _with_capped_hits)
+    compat.wrap("_reserve_prefill_lookahead", _with_chunk_boundary)
+
+
+def managers(kv_cache_manager: Any) -> list[KVPolicyManager]:
+    """Our managers inside a ``KVCacheManager``."""
+    found = kv_cache_manager.coordinator.single_type_managers
+    return [manager for manager in found if isinstance(manager, KVPolicyManager)]
+
+
+def _plan(kv_cache_manager: Any, request: Request) -> Plan | None:
+    for manager in managers(kv_cache_manager):
+        return manager.active_plan(request.request_id)
+    return None
+
+
+def _with_capped_hits(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_computed_blocks(self: Any, request: Request) -> Any:
+        blocks, num_tokens, boundary = original(self, request)
+        plan = _plan(self, request)
+        if plan is not None and num_tokens > (limit := plan.freed_blocks * plan.block_size):
+            blocks, num_tokens = self.truncate_computed_blocks(blocks, limit), limit
+        return blocks, num_tokens, boundary
+
+    return get_computed_blocks
+
+
+def _with_chunk_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _reserve_prefill_lookahead(
+        self: Any, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        num_new_tokens = original(self, request, num_computed_tokens, num_new_tokens)
+        plan = _plan(self.kv_cache_manager, request)
+        if plan is None:
+            return num_new_tokens
+        return bounded_chunk(plan, num_computed_tokens, num_new_tokens)
+
+    return _reserve_prefill_lookahead
+
+
+def bounded_chunk(plan: Plan, num_computed_tokens: int, num_new_tokens: int) -> int:
+    """Cut a prefill chunk so that one ends at the compaction point.
+
+    A resumed request would otherwise compute its prompt and its answer in one chunk. The chunk
+    that compacts has two tokens or more, because one token would run as a decode inside a CUDA
+    graph, where nothing can be compacted.
+    """
+    remaining = plan.end - num_computed_tokens
+    if remaining <= 0:
+        return num_new_tokens
+    num_new_tokens = min(num_new_tokens, remaining)
+    if remaining - num_new_tokens == 1:
+        num_new_tokens -= 1
+    return num_new_tokens

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where this package touches vLLM outside its public extension points.
+
+Public extension points in use: the ``vllm.general_plugins`` and ``vllm.platform_plugins`` entry
+points, ``additional_config``, ``register_backend``, ``AttentionBackend.customize_spec``,
+``KVCacheSpecRegistry``, ``worker_extension_cls`` and the KV connector interface. Everything else
+is one row of :data:`TOUCH_POINTS`: wrapped once, checked before it is wrapped, and refused by
+name when vLLM has changed it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_acckv import __version__
+
+SUPPORTED_VLLM = ">=0.32,<0.33"
+
+
+class IncompatibleVLLMError(RuntimeError):
+    """The installed vLLM is not one this package knows."""
+
+
+@dataclass(frozen=True)
+class TouchPoint:
+    """A vLLM function that is wrapped.
+
+    Attributes:
+        target: ``module:Class.function``.
+        parameters: its parameter names in order.
+        reason: what it is wrapped for.
+        removal: the upstream change that makes the wrap unnecessary.
+    """
+
+    target: str
+    parameters: tuple[str, ...]
+    reason: str
+    removal: str
+
+
+TOUCH_POINTS = {
+    point.target.rpartition(".")[2]: point
+    for point in (
+        TouchPoint(
+            "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+            ("parser",),
+            "adds --kv-policy, --kv-budget, --kv-tau and --kv-policy-config",
+            "a plugin hook for command-line flags that is given the parser",
+        ),
+        TouchPoint(
+            "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+            ("args",),
+            "moves the values of those flags into additional_config",
+            "the same hook",
+        ),
+        TouchPoint(
+            "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+            ("self", "usage_context", "headless"),
+            "checks a requested policy and names our worker extension and KV connector, before "
+            "any process is started or weight is read",
+            "a plugin hook that may amend VllmConfig",
+        ),
+        TouchPoint(
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
+            ("self", "request"),
+            "a prefix-cache hit of a request that will be compacted ends where its own blocks "
+            "will be rewritten",
+            "passing the request to SingleTypeKVCacheManager.find_longest_cache_hit",
+        ),
+        TouchPoint(
+            "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
+            ("self", "request", "num_computed_tokens", "num_new_tokens"),
+            "a prefill chunk ends exactly at the compaction point and has two tokens or more",
+            "a hook by which a KV cache manager bounds the next chunk",
+        ),
+        TouchPoint(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
+            (
+                "self",
+                "num_tokens",
+                "num_reqs",
+                "max_query_len",
+                "num_tokens_padded",
+                "num_reqs_padded",
+                "ubatch_slices",
+                "logits_indices",
+                "max_num_sampled_tokens",
+                "use_spec_decode",
+                "for_cudagraph_capture",
+                "num_scheduled_tokens",
+                "slot_mappings",
+            ),
+            "model runner V1 does not tell an attention backend which request a batch row is",
+            "CommonAttentionMetadata.req_idx in V1, or the removal of V1",
+        ),
+        TouchPoint(
+            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",
+            ("self", "scheduler_output"),
+            "model runner V2 gives an attention backend the index of a request, not the request",
+            "a backend hook for added requests",
+        ),
+    )
+}
+
+
+def check_version() -> None:
+    """Refuse a vLLM outside the supported range, naming both versions.
+
+    Raises:
+        IncompatibleVLLMError: see above.
+    """
+    import vllm
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    version = Version(vllm.__version__)
+    if not SpecifierSet(SUPPORTED_VLLM).contains(version.base_version, prereleases=True):
+        raise IncompatibleVLLMError(
+            f"vllm-acckv {__version__} needs vllm{SUPPORTED_VLLM}, but vllm {version} is "
+            "installed; install a matching pair."
+        )
+
+
+def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the touch point ``name`` by ``make(original)``; a second call does nothing.
+
+    Raises:
+        IncompatibleVLLMError: when the function is gone or its parameters changed.
+    """
+    point = TOUCH_POINTS[name]
+    module_name, _, path = point.target.partition(":")
+    class_name, _, function_name = path.partition(".")
+    owner = getattr(importlib.import_module(module_name), class_name, None)
+    raw = inspect.getattr_static(owner, function_name, None)
+    original = getattr(raw, "__func__", raw)
+    if original is None or not callable(original):
+        raise IncompatibleVLLMError(_changed(point, "it no longer exists"))
+    if getattr(original, "_kv_policy_wrapped", False):
+        return
+    found = tuple(inspect.signature(original).parameters)
+    expected = point.parameters
+    if isinstance(raw, classmethod):
+        expected = ("cls", *expected)
+    if found != expected:
+        raise IncompatibleVLLMError(
+            _changed(point, f"it takes {', '.join(found)} instead of {', '.join(expected)}")
+        )
+    wrapper = functools.wraps(original)(make(original))
+    wrapper._kv_policy_wrapped = True  # type: ignore[attr-defined]
+    kind = (
+        type(raw) if isinstance(raw, (classmethod, staticmethod)) else (lambda function: function)
+    )
+    setattr(owner, function_name, kind(wrapper))
+
+
+def _changed(point: TouchPoint, what: str) -> str:
+    import vllm
+
+    return (
+        f"vLLM {vllm.__version__} changed {point.target}: {what}. vllm-acckv {__version__} needs "
+        f"vllm{SUPPORTED_VLLM}."
+    )

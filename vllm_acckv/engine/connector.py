@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The channel between scheduler, workers and metrics: a KV connector that transfers no KV.
+
+vLLM's KV connector interface is the sanctioned way for an extension to hear of requests on the
+scheduler, to send numbers from the workers to it, and from there to the log and to ``/metrics``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+
+from vllm_acckv.config import KVPolicyError
+from vllm_acckv.engine import blocks, flags, runners
+from vllm_acckv.engine.prometheus import KVPolicyPromMetrics, KVPolicyStats
+from vllm_acckv.engine.ranks import TensorParallelRanks
+from vllm_acckv.engine.requests import plan_request
+from vllm_acckv.engine.verify import verify_layers
+from vllm_acckv.engine.worker import PolicyWorker, set_current_worker
+from vllm_acckv.metrics import RequestReport
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.acckv")
+
+
+class _NoMetadata(KVConnectorMetadata):
+    """Nothing is sent to the workers: they derive the same plans themselves."""
+
+
+@dataclass
+class LayersVerified(KVConnectorHandshakeMetadata):
+    """A worker's word that every one of its decoder layers runs under the policy."""
+
+    layers: list[str]
+
+
+@dataclass
+class WorkerReports(KVConnectorWorkerMetadata):
+    """Reports of the requests that were compacted in a step."""
+
+    reports: dict[str, RequestReport]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReports:
+        assert isinstance(other, WorkerReports)
+        for request_id, report in other.reports.items():
+            if request_id in self.reports:
+                self.reports[request_id] += report
+            else:
+                self.reports[request_id] = report
+        return self
+
+
+class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
+    """Carries plans to the block manager, and counters from the workers to log and metrics."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = flags.requested(vllm_config.additional_config)
+        assert config is not None
+        self.config = config
+        self._hf_config = vllm_config.model_config.hf_config
+        self._managers: list[blocks.KVPolicyManager] = []
+        self._reports: dict[str, RequestReport] = {}
+        self._finished: dict[str, str] = {}
+        self._stats = KVPolicyStats()
+        self._worker: PolicyWorker | None = None
+        self._verified: list[str] = []
+        if role == KVConnectorRole.SCHEDULER:
+            blocks.install()
+        else:
+            self._worker = self._make_worker(vllm_config, kv_cache_config)
+
+    def _make_worker(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Any:
+        worker = PolicyWorker(
+            self.config,
+            block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
+            device=torch.device(vllm_config.device_config.device),
+            ranks=TensorParallelRanks(),
+            hf_config=self._hf_config,
+        )
+        runners.install(vllm_config.use_v2_model_runner)
+        set_current_worker(worker)
+        return worker
+
+    # Worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._verified = verify_layers(self._vllm_config, self._kv_cache_config)
+
+    def get_handshake_metadata(self) -> LayersVerified:
+        return LayersVerified(self._verified)
+
+    def build_connector_worker_meta(self) -> WorkerReports | None:
+        assert self._worker is not None
+        reports = self._worker.take_reports()
+        # Every tensor-parallel rank counts the same tokens.
+        if not reports or self._worker.ranks.rank > 0:
+            return None
+        return WorkerReports(reports)
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            set_current_worker(None)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        return
+
+    # Scheduler side
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._managers = blocks.managers(kv_cache_manager)
+        groups = kv_cache_manager.coordinator.single_type_managers
+        if len(groups) != 1 or len(self._managers) != 1:
+            raise KVPolicyError(
+                f"--kv-policy {self.config.policy} needs a model whose layers all use full "
+                f"attention; this one has {len(groups)} kinds of KV cache "
+                f"({', '.join(type(group.kv_cache_spec).__name__ for group in groups)})."
+            )
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        layers = [
+            name
+            for worker in metadata.values()
+            if isinstance(worker, LayersVerified)
+            for name in worker.layers
+        ]
+        if not layers or len(metadata) != self._vllm_config.parallel_config.world_size:
+            raise KVPolicyError("Not every worker runs its layers under the KV policy.")
+        logger.info(
+            "KV policy %s is active on %d decoder layers (%s).",
+            self.config.policy,
+            len(set(layers)),
+            ", ".join(f"{key}={value}" for key, value in self.config.to_mapping().items()),
+        )
+
+    def on_new_request(self, request: Request) -> None:
+        (manager,) = self._managers
+        plan = plan_request(request, self.config, manager.block_size, self._hf_config)
+        manager.plans[request.request_id] = plan
+        if plan.skipped is not None:
+            self._stats.skip(plan.skipped)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        worker_meta = connector_output.kv_connector_worker_meta
+        if not isinstance(worker_meta, WorkerReports):
+            return
+        for request_id, report in worker_meta.reports.items():
+            self._stats.compact(report)
+            if request_id in self._finished:  # ended in the very step that compacted it
+                logger.info(self._finished.pop(request_id), _describe(report))
+            else:
+                self._reports[request_id] = report
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        (manager,) = self._managers
+        request_id = request.request_id
+        plan = manager.plans.pop(request_id)
+        freed = manager.freed.pop(request_id, 0)
+        report = self._reports.pop(request_id, None)
+        if plan.skipped is not None:
+            logger.info("KV policy: request %s kept all (%s).", request_id, plan.skipped)
+            return False, None
+        self._stats.free(freed)
+        line = (
+            f"KV policy: request {request_id}, {request.num_prompt_tokens} prompt tokens, freed "
+            f"{freed} of {-(-request.num_tokens // manager.block_size)} blocks; %s"
+        )
+        if report is not None:
+            logger.info(line, _describe(report))
+        elif request.num_computed_tokens >= plan.end:
+            self._finished[request_id] = line
+        else:
+            logger.info(line, "ended before its prompt was computed")
+        return False, None
+
+    def get_kv_connector_stats(self) -> KVPolicyStats | None:
+        if self._role != KVConnectorRole.SCHEDULER or self._stats.is_empty():
+            return None
+        stats, self._stats = self._stats, KVPolicyStats()
+        return stats
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: Any, num_external_tokens: int
+    ) -> None:
+        return
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return _NoMetadata()
+
+    # Front end
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVPolicyStats:
+        return KVPolicyStats(data=data) if data is not None else KVPolicyStats()
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> KVPolicyPromMetrics:
+        return KVPolicyPromMetrics(*args)
+
+
+def _describe(report: RequestReport) -> str:
+    kept, merged, evicted = map(report.per_layer, (report.kept, report.merged, report.evicted))
+    parts = [
+        f"{name} kept {kept[name]:.1f} merged {merged[name]:.1f} evicted {evicted[name]:.1f}"
+        for name in kept
+    ]
+    return f"per layer: {', '.join(parts)}; {report.seconds:.4f} s"

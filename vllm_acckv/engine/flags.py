@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--kv-policy`` and its companions on ``vllm serve``, carried in ``additional_config``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vllm_acckv.config import POLICIES, KVPolicyConfig, KVPolicyError
+from vllm_acckv.engine import compat
+
+CONFIG_KEY = "kv_policy"
+
+
+def install() -> None:
+    """Wrap the three functions of ``EngineArgs`` that turn arguments into a configuration."""
+    compat.wrap("add_cli_args", _with_flags)
+    compat.wrap("from_cli_args", _with_additional_config)
+    compat.wrap("create_engine_config", _with_policy)
+
+
+def requested(additional_config: Any) -> KVPolicyConfig | None:
+    """The KV policy asked for in ``additional_config``, or ``None``.
+
+    Raises:
+        KVPolicyError: if it is not valid.
+    """
+    if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
+        return None
+    value = additional_config[CONFIG_KEY]
+    return KVPolicyConfig.from_mapping({"policy": value} if isinstance(value, str) else value)
+
+
+def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group(
+            title="KVPolicy",
+            description="Compression of the audio-video part of the KV cache (vllm-acckv).",
+        )
+        group.add_argument(
+            "--kv-policy",
+            type=_checked("policy"),
+            default=None,
+            help=f"KV policy applied after prefill: one of {', '.join(POLICIES)}. "
+            "Unset leaves vLLM as it is.",
+        )
+        group.add_argument(
+            "--kv-budget",
+            type=_checked("budget"),
+            default=None,
+            help="Audio-video tokens to keep: a ratio 0 < r <= 1, or a whole number of tokens "
+            f"above 1 (default: {KVPolicyConfig.budget:g}).",
+        )
+        group.add_argument(
+            "--kv-tau",
+            type=_checked("tau"),
+            default=None,
+            help="Similarity below which a token of the less important modality is dropped, "
+            f"-1 (drop none) to 1 (default: {KVPolicyConfig.tau:g}).",
+        )
+        group.add_argument(
+            "--kv-policy-config",
+            type=_json_config,
+            default=None,
+            help="Further settings of the policy as a JSON object, for example "
+            '\'{"redistribution": "visible", "head_mode": "head"}\'.',
+        )
+        return parser
+
+    return add_cli_args
+
+
+def _checked(name: str) -> Callable[[str], Any]:
+    def check(text: str) -> Any:
+        try:
+            return getattr(KVPolicyConfig.from_mapping({name: text}), name)
+        except KVPolicyError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return check
+
+
+def _json_config(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+        KVPolicyConfig.from_mapping(values)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"--kv-policy-config is {text!r}; it must be a JSON object ({error})."
+        ) from None
+    except KVPolicyError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return values
+
+
+def _with_additional_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+        engine_args = original(cls, args)
+        # Errors of a command line end with one sentence instead of a traceback.
+        engine_args.kv_policy_from_cli = True
+        try:
+            policy = _from_flags(args)
+            if policy is None:
+                return engine_args
+            if CONFIG_KEY in engine_args.additional_config:
+                raise KVPolicyError(
+                    "The KV policy is given both by --kv-policy and in --additional-config; "
+                    "use one of them."
+                )
+        except KVPolicyError as error:
+            raise SystemExit(f"error: {error}") from None
+        engine_args.additional_config = {
+            **engine_args.additional_config,
+            CONFIG_KEY: policy.to_mapping(),
+        }
+        return engine_args
+
+    return from_cli_args
+
+
+def _from_flags(args: argparse.Namespace) -> KVPolicyConfig | None:
+    flags = {"policy": "kv_policy", "budget": "kv_budget", "tau": "kv_tau"}
+    given = {
+        key: value
+        for key, flag in flags.items()
+        if (value := getattr(args, flag, None)) is not None
+    }
+    values = getattr(args, "kv_policy_config", None) or {}
+    if "policy" not in given and "policy" not in values:
+        if given or values:
+            raise KVPolicyError(
+                "--kv-budget, --kv-tau and --kv-policy-config need --kv-policy, for example "
+                "--kv-policy acckv."
+            )
+        return None
+    for key in given.keys() & values.keys():
+        if given[key] != values[key]:
+            raise KVPolicyError(
+                f"--kv-{flags[key][3:]} is {given[key]!r} but --kv-policy-config has "
+                f"{key}={values[key]!r}; give it once."
+            )
+    return KVPolicyConfig.from_mapping({**values, **given})
+
+
+def _with_policy(original: Callable[..., Any]) -> Callable[..., Any]:
+    startup_module = "vllm_acckv.engine.startup"
+
+    def create_engine_config(self: Any, usage_context: Any = None, headless: bool = False) -> Any:
+        try:
+            policy = requested(self.additional_config)
+            if policy is None and startup_module not in sys.modules:
+                return original(self, usage_context, headless)
+            from vllm_acckv.engine import startup
+
+            if policy is None:
+                startup.deactivate()
+                return original(self, usage_context, headless)
+            startup.prepare(self, policy)
+            config = original(self, usage_context, headless)
+            startup.check_supported(config, policy)
+            return config
+        except (KVPolicyError, compat.IncompatibleVLLMError) as error:
+            if getattr(self, "kv_policy_from_cli", False):
+                raise SystemExit(f"error: {error}") from None
+            raise
+
+    return create_engine_config

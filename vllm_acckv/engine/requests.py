@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request of vLLM to one plan, the same on the scheduler and on the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from vllm_acckv.config import KVPolicyConfig
+from vllm_acckv.plan import Plan, make_plan
+from vllm_acckv.spans import SPAN_HOOKS, Feature, token_modalities
+
+
+class RequestLike(Protocol):
+    """What vLLM's scheduler ``Request`` and the runners' request states have in common."""
+
+    @property
+    def mm_features(self) -> Sequence[Feature]: ...
+
+    @property
+    def prompt_token_ids(self) -> Sequence[int] | None: ...
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+
+def plan_request(
+    request: RequestLike, config: KVPolicyConfig, block_size: int, hf_config: Any
+) -> Plan:
+    """The plan of ``request``; a pure function of its prompt and the configuration."""
+    model_hook = SPAN_HOOKS.get(getattr(hf_config, "model_type", ""))
+    token_ids = request.prompt_token_ids
+    hook = None
+    if model_hook is not None and token_ids is not None:
+        hook = lambda modalities: model_hook(modalities, token_ids, hf_config)  # noqa: E731
+    modalities = token_modalities(
+        request.mm_features, request.num_prompt_tokens, image_as=config.image_as, hook=hook
+    )
+    return make_plan(modalities, config, block_size)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tell the policy worker which batch row is which request, on both model runners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_acckv.engine import compat
+from vllm_acckv.engine.worker import current_worker
+
+
+def install(use_v2_model_runner: bool) -> None:
+    """Wrap the model runner in use."""
+    if use_v2_model_runner:
+        compat.wrap("add_requests", _with_slots)
+    else:
+        compat.wrap("_build_attention_metadata", _with_batch)
+
+
+def _with_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        worker = current_worker()
+        if worker is None:
+            return original(self, *args, **kwargs)
+        if kwargs.get("num_scheduled_tokens") is None:  # a warm-up run has no requests
+            worker.batch = []
+        else:
+            request_ids = self.input_batch.req_ids
+            worker.batch = [worker.request(id, self.requests[id]) for id in request_ids]
+            if len(worker.requests) > len(self.requests):
+                worker.forget_all_but(self.requests)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            worker.batch = None
+
+    return _build_attention_metadata
+
+
+class _NewRequest:
+    """V2's ``NewRequestData`` under the names that :mod:`.requests` reads."""
+
+    def __init__(self, data: Any) -> None:
+        self.mm_features = data.mm_features
+        self.prompt_token_ids = data.prompt_token_ids
+        self.num_prompt_tokens = data.prompt_len
+
+
+def _with_slots(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_requests(self: Any, scheduler_output: Any) -> None:
+        original(self, scheduler_output)
+        worker = current_worker()
+        if worker is None:
+            return
+        for data in scheduler_output.scheduled_new_reqs:
+            slot = self.req_states.req_id_to_index[data.req_id]
+            worker.slots[slot] = worker.request(data.req_id, _NewRequest(data))
+        known = self.req_states.req_id_to_index
+        if len(worker.requests) > len(known):
+            worker.forget_all_but(known)
+
+    return add_requests
