@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that knows vLLM's internals. See :mod:`vllm_acckv.engine.compat` for what is wrapped."""
+"""Everything that knows vLLM's internals; :mod:`.compat` lists what is wrapped."""

@@ -152,10 +152,9 @@ def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
         )
     wrapper = functools.wraps(original)(make(original))
     wrapper._kv_policy_wrapped = True  # type: ignore[attr-defined]
-    kind = (
-        type(raw) if isinstance(raw, (classmethod, staticmethod)) else (lambda function: function)
-    )
-    setattr(owner, function_name, kind(wrapper))
+    if isinstance(raw, (classmethod, staticmethod)):
+        wrapper = type(raw)(wrapper)
+    setattr(owner, function_name, wrapper)
 
 
 def _changed(point: TouchPoint, what: str) -> str:

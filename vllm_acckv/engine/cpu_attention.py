@@ -156,7 +156,7 @@ class CPUPagedKV:
         self._blocks = block_table.long()
 
     def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        _, num_heads, block_size, width = self._cache.shape
+        block_size, width = self._cache.shape[2:]
         head_size = width // 2
         blocks = self._blocks[: -(-length // block_size)]
         raw = self._cache[blocks].flatten(2)
