@@ -204,7 +204,7 @@ def test_similarity_is_the_mean_over_kv_heads_in_layer_mode() -> None:
     got = naive_select(A.expand(2, -1, -1), K2, torch.cat([V, V]), modality, opts)
     similarity = {1: (0.5**0.5 - 0.5) / 2, "merged": 0.0}
     assert got.heads[1].similarity == pytest.approx(similarity)
-    assert got.kept[0] == got.kept[1] and list(got.merged[1]) == [VIDEO, AUDIO]
+    assert got.heads[1].rejected == set() and list(got.heads[1].merged) == [VIDEO, AUDIO]
 
 
 def test_lowest_positions_win_ties() -> None:

@@ -150,8 +150,8 @@ def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
         raise IncompatibleVLLMError(
             _changed(point, f"it takes {', '.join(found)} instead of {', '.join(expected)}")
         )
-    wrapper = functools.wraps(original)(make(original))
-    wrapper._kv_policy_wrapped = True  # type: ignore[attr-defined]
+    wrapper: Any = functools.wraps(original)(make(original))
+    wrapper._kv_policy_wrapped = True
     if isinstance(raw, (classmethod, staticmethod)):
         wrapper = type(raw)(wrapper)
     setattr(owner, function_name, wrapper)
