@@ -17,6 +17,7 @@ POLICIES = ("acckv", "full")
 
 # Name a user knows each field by, for error messages; the rest are keys of --kv-policy-config.
 _FLAGS = {"policy": "--kv-policy", "budget": "--kv-budget", "tau": "--kv-tau"}
+_REQUEST_KEYS = {"kv_policy": "policy", "kv_budget": "budget", "kv_tau": "tau"}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "policy": POLICIES,
@@ -104,6 +105,27 @@ class KVPolicyConfig:
                     f"{', '.join(known)}."
                 )
         return cls(**values)
+
+    def for_request(self, extra_args: Mapping[str, Any] | None) -> KVPolicyConfig:
+        """These settings with a request's own ``kv_policy``, ``kv_budget`` and ``kv_tau``.
+
+        Args:
+            extra_args: ``SamplingParams.extra_args``, ``vllm_xargs`` in an HTTP body.
+
+        Raises:
+            KVPolicyError: for a value outside its range, or another key that begins with
+                ``kv_policy``, ``kv_budget`` or ``kv_tau``.
+        """
+        own: dict[str, Any] = {}
+        for key, value in (extra_args or {}).items():
+            if key in _REQUEST_KEYS:
+                own[_REQUEST_KEYS[key]] = value
+            elif key.startswith(tuple(_REQUEST_KEYS)):
+                raise KVPolicyError(
+                    f"Unknown request setting {key!r}; it must be one of "
+                    f"{', '.join(_REQUEST_KEYS)}."
+                )
+        return dataclasses.replace(self, **own) if own else self
 
     def to_mapping(self) -> dict[str, Any]:
         """The JSON-able form that travels in ``VllmConfig.additional_config``."""

@@ -28,6 +28,7 @@ class Plan:
         keep: audio-video tokens to select (k of eq. 7).
         entries: most KV entries any layer keeps of the first ``end`` tokens.
         block_size: tokens per KV block.
+        config: the settings the request is compressed with.
         skipped: why the request stays uncompressed, ``None`` if it is compressed.
     """
 
@@ -37,6 +38,7 @@ class Plan:
     keep: int
     entries: int
     block_size: int
+    config: KVPolicyConfig
     skipped: str | None = None
 
     @property
@@ -61,7 +63,7 @@ def make_plan(modalities: Modalities, config: KVPolicyConfig, block_size: int) -
     policy = make_policy(config)
 
     def plan(keep: int, entries: int, skipped: str | None) -> Plan:
-        return Plan(modalities, text_start, max(end, 0), keep, entries, block_size, skipped)
+        return Plan(modalities, text_start, max(end, 0), keep, entries, block_size, config, skipped)
 
     if policy is None:
         return plan(len(av), end, "policy full")

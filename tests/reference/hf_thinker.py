@@ -39,7 +39,7 @@ class Policy:
     """What a request asks for. `options.k` is ignored: the plan computes it from `budget`."""
 
     budget: float
-    options: Options = Options(k=0)
+    options: Options = field(default_factory=Options)
     scope: Literal["av", "total"] = "av"
 
 
@@ -152,11 +152,9 @@ def prefill(thinker: Thinker, inputs: ModelInputs, positions: Tensor | None = No
     if positions is not None:
         inputs = {**inputs, "position_ids": positions[:, None]}
     out = thinker(**inputs, use_cache=True, output_attentions=True)
+    deltas = out.rope_deltas
     size = inputs["input_ids"].shape[1]
-    if positions is None:
-        next_position = size + int(out.rope_deltas)
-    else:
-        next_position = int(positions.max()) + 1
+    next_position = size + int(deltas) if positions is None else int(positions.max()) + 1
     attentions = [weights[0] for weights in out.attentions]
     return Prefill(out.logits[0, -1], attentions, out.past_key_values, next_position)
 

@@ -24,7 +24,7 @@ MergedToken = tuple[Tensor, Tensor]
 class Options:
     """What the policy lets a user choose; `k` counts audio/video tokens."""
 
-    k: int
+    k: int = 0
     tau: float = 0.9
     redistribution: Redistribution = "paper"
     focusing: bool = True
@@ -313,10 +313,8 @@ def naive_plan(
     else:
         total = int(budget) if budget > 1 else math.floor(budget * size + 0.5)
         k = max(0, min(n_av, total - text_kept - (present if calibration else 0)))
-    if calibration:
-        av_kept = min(max(min(k, n_av) + 1, present), n_av) + present
-    else:
-        av_kept = k
+    most_kept = min(max(min(k, n_av) + 1, present), n_av) + present
+    av_kept = most_kept if calibration else k
     f_bound = (size - min(text_kept + av_kept, size)) // block_size
     active = k < n_av and n_t >= 1 and f_bound >= 1
     return k, f_bound if active else 0, active

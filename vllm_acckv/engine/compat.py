@@ -66,6 +66,12 @@ TOUCH_POINTS = {
             "a plugin hook that may amend VllmConfig",
         ),
         TouchPoint(
+            "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+            ("self", "params", "supported_tasks"),
+            "a request's own kv_policy, kv_budget or kv_tau is checked before it is queued",
+            "a plugin hook that validates SamplingParams.extra_args",
+        ),
+        TouchPoint(
             "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
             ("self", "request"),
             "a prefix-cache hit of a request that will be compacted ends where its own blocks "

@@ -112,6 +112,9 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> WorkerReports | None:
         assert self._worker is not None
+        if self._vllm_config.use_v2_model_runner and not self._worker.step_open:
+            raise RuntimeError("The model runner ran a step that the KV policy did not see.")
+        self._worker.step_open = False
         reports = self._worker.take_reports()
         # Every tensor-parallel rank counts the same tokens.
         if not reports or self._worker.ranks.rank > 0:

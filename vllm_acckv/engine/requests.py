@@ -15,6 +15,9 @@ class RequestLike(Protocol):
     """What vLLM's scheduler ``Request`` and the runners' request states have in common."""
 
     @property
+    def sampling_params(self) -> Any: ...
+
+    @property
     def mm_features(self) -> Sequence[Feature]: ...
 
     @property
@@ -27,7 +30,9 @@ class RequestLike(Protocol):
 def plan_request(
     request: RequestLike, config: KVPolicyConfig, block_size: int, hf_config: Any
 ) -> Plan:
-    """The plan of ``request``; a pure function of its prompt and the configuration."""
+    """The plan of ``request``; a pure function of its prompt, its own settings and ``config``."""
+    if request.sampling_params is not None:
+        config = config.for_request(request.sampling_params.extra_args)
     model_hook = SPAN_HOOKS.get(getattr(hf_config, "model_type", ""))
     token_ids = request.prompt_token_ids
     hook = None

@@ -42,6 +42,7 @@ class _NewRequest:
     """V2's ``NewRequestData`` under the names that :mod:`.requests` reads."""
 
     def __init__(self, data: Any) -> None:
+        self.sampling_params = data.sampling_params
         self.mm_features = data.mm_features
         self.prompt_token_ids = data.prompt_token_ids
         self.num_prompt_tokens = data.prompt_len
@@ -56,6 +57,7 @@ def _with_slots(original: Callable[..., Any]) -> Callable[..., Any]:
         for data in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[data.req_id]
             worker.slots[slot] = worker.request(data.req_id, _NewRequest(data))
+        worker.step_open = True
         known = self.req_states.req_id_to_index
         if len(worker.requests) > len(known):
             worker.forget_all_but(known)

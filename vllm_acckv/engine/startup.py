@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_acckv.config import KVPolicyConfig, KVPolicyError
-from vllm_acckv.engine import compat
+from vllm_acckv.engine import compat, front_end
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -62,6 +62,7 @@ def prepare(engine_args: Any, policy: KVPolicyConfig) -> None:
     if engine_args.worker_extension_cls not in ("", WORKER_EXTENSION):
         raise KVPolicyError(_clash(policy, "--worker-extension-cls"))
     activate()
+    front_end.install()
     # A producer that never hands anything over: it only carries counters and plans.
     engine_args.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_producer"

@@ -45,6 +45,7 @@ class WorkerRequest:
         request_id: vLLM's id.
         source: the runner's own object for the request; a new object means a new request.
         plan: the plan, equal to the scheduler's by construction.
+        policy: the policy of the request, ``None`` if it keeps everything.
         prompt: the compressed part of the prompt on the device, ``None`` if nothing is.
         scores: per layer, fp32 ``[G, end]`` attention observed so far.
         freed: per layer, leading blocks it left empty.
@@ -54,10 +55,17 @@ class WorkerRequest:
     request_id: str
     source: Any
     plan: Plan
+    policy: Policy | None
     prompt: Prompt | None
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
     freed: dict[str, int] = field(default_factory=dict)
     report: RequestReport = field(default_factory=RequestReport)
+
+    @property
+    def first_query(self) -> int:
+        """First token whose query the policy observes."""
+        assert self.policy is not None
+        return self.policy.first_query(self.plan.text_start)
 
     def freed_blocks(self, layer_name: str) -> int:
         """Leading blocks the layer left empty.
@@ -88,10 +96,10 @@ class Row:
     def compacted(self) -> bool:
         return self.computed >= self.request.plan.end
 
-    def observed(self, first_query: int) -> tuple[int, int]:
+    def observed(self) -> tuple[int, int]:
         """Tokens ``[first, last)`` of this chunk whose queries the policy observes."""
         last = min(self.computed + self.scheduled, self.request.plan.end)
-        return max(self.computed, first_query), last
+        return max(self.computed, self.request.first_query), last
 
 
 class PolicyWorker:
@@ -107,16 +115,19 @@ class PolicyWorker:
         angles: Any = None,
     ) -> None:
         self.config = config
-        self.policy: Policy | None = make_policy(config)
         self.block_size = block_size
         self.device = device
         self.ranks = ranks
         self.hf_config = hf_config
         self.angles = angles
         self.requests: dict[str, WorkerRequest] = {}
-        # Runner V1 announces each batch row by row; V2 says which slot holds which request.
+        # Runner V1 announces each batch row by row. Runner V2 says which slot holds which
+        # request, and names the slots of a batch itself.
         self.batch: list[WorkerRequest | None] | None = None
         self.slots: dict[int, WorkerRequest] = {}
+        # True from the start of a real step of runner V2 to its end: the batches of warm-up and
+        # idle runs name slots too, but hold no requests.
+        self.step_open = False
         # Per request and layer what was kept, for inspection; None unless somebody asked.
         self.records: dict[str, dict[str, Any]] | None = None
         self._reported: list[WorkerRequest] = []
@@ -127,12 +138,14 @@ class PolicyWorker:
         if known is not None and known.source is source:
             return known
         plan = plan_request(source, self.config, self.block_size, self.hf_config)
+        policy = make_policy(plan.config) if plan.active else None
         prompt = None
-        if plan.active:
+        if policy is not None:
             modality = torch.from_numpy(plan.modalities).to(self.device)
-            angles = self.angles(source, plan.end) if self.angles else None
+            angles = self.angles(source, plan.end) if policy.needs_angles else None
             prompt = Prompt(modality, plan.text_start, plan.keep, angles)
-        known = self.requests[request_id] = WorkerRequest(request_id, source, plan, prompt)
+        known = WorkerRequest(request_id, source, plan, policy, prompt)
+        self.requests[request_id] = known
         return known
 
     def forget_all_but(self, request_ids: Iterable[str]) -> None:
@@ -155,7 +168,7 @@ class PolicyWorker:
         """
         batch = self.batch
         if req_idx is not None:
-            batch = [self.slots.get(int(slot)) for slot in req_idx]
+            batch = [self.slots.get(int(slot)) for slot in req_idx] if self.step_open else []
         if batch is None:
             raise RuntimeError(
                 "The model runner did not announce its batch to the KV policy; the policy would "
@@ -167,14 +180,10 @@ class PolicyWorker:
                 continue
             scheduled = query_start[index + 1] - query_start[index]
             row = Row(index, request, seq_lens[index] - scheduled, scheduled, query_start[index])
-            first, last = row.observed(self.first_query(request))
+            first, last = row.observed()
             if row.compacted or first < last:
                 rows.append(row)
         return rows
-
-    def first_query(self, request: WorkerRequest) -> int:
-        assert self.policy is not None
-        return self.policy.first_query(request.plan.text_start)
 
     def after_attention(
         self, row: Row, layer_name: str, query: torch.Tensor, cache: PagedKV, scale: float
@@ -188,8 +197,8 @@ class PolicyWorker:
         """
         started = time.perf_counter()
         request, plan = row.request, row.request.plan
-        first, last = row.observed(first_query := self.first_query(request))
-        assert self.policy is not None and request.prompt is not None
+        assert request.policy is not None
+        first, last = row.observed()
         key, value = cache.read(last)
         offset = row.query_start - row.computed
         scores = observed_attention(
@@ -197,10 +206,10 @@ class PolicyWorker:
             key,
             first,
             scale,
-            self.policy.weights(plan.end, plan.text_start),
+            request.policy.weights(plan.end, plan.text_start),
         )
         scores = torch.nn.functional.pad(scores, (0, plan.end - last))
-        if first > first_query:
+        if first > request.first_query:
             scores += request.scores[layer_name]
         request.scores[layer_name] = scores
         if last == plan.end:
@@ -215,12 +224,12 @@ class PolicyWorker:
         value: torch.Tensor,
         cache: PagedKV,
     ) -> None:
-        assert self.policy is not None and request.prompt is not None
+        assert request.policy is not None and request.prompt is not None
         if layer_name in request.freed:  # computed again after a preemption
             request.freed.clear()
             request.report = RequestReport()
         scores = request.scores.pop(layer_name)
-        selection = self.policy.select(scores, key, value, request.prompt, self.ranks)
+        selection = request.policy.select(scores, key, value, request.prompt, self.ranks)
         kept = align(selection, self.block_size, self.ranks)
         if kept.freed_blocks < request.plan.freed_blocks:
             raise RuntimeError(
