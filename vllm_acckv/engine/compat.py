@@ -31,7 +31,7 @@ class TouchPoint:
     """A vLLM function that is wrapped.
 
     Attributes:
-        target: ``module:Class.function``.
+        target: ``module:Class.function`` or ``module:function``.
         parameters: its parameter names in order.
         reason: what it is wrapped for.
         removal: the upstream change that makes the wrap unnecessary.
@@ -44,7 +44,7 @@ class TouchPoint:
 
 
 TOUCH_POINTS = {
-    point.target.rpartition(".")[2]: point
+    point.target.rpartition(":")[2].rpartition(".")[2]: point
     for point in (
         TouchPoint(
             "vllm.engine.arg_utils:EngineArgs.add_cli_args",
@@ -110,6 +110,13 @@ TOUCH_POINTS = {
             "model runner V2 gives an attention backend the index of a request, not the request",
             "a backend hook for added requests",
         ),
+        TouchPoint(
+            "vllm.model_executor.models.qwen2_5_omni_thinker:check_interleaved_audio_video",
+            ("is_video", "is_audio", "num_video", "num_audio"),
+            "a defect of vLLM 0.32: a prefill chunk that sees sound before pictures of one clip "
+            "(audio in video, any chunk boundary inside it) gets their embeddings swapped",
+            "the fix in vLLM, patches/README.md",
+        ),
     )
 }
 
@@ -140,8 +147,10 @@ def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
     """
     point = TOUCH_POINTS[name]
     module_name, _, path = point.target.partition(":")
-    class_name, _, function_name = path.partition(".")
-    owner = getattr(importlib.import_module(module_name), class_name, None)
+    class_name, _, function_name = path.rpartition(".")
+    owner: Any = importlib.import_module(module_name)
+    if class_name:
+        owner = getattr(owner, class_name, None)
     raw = inspect.getattr_static(owner, function_name, None)
     original = getattr(raw, "__func__", raw)
     if original is None or not callable(original):

@@ -99,6 +99,7 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
             hf_config=self._hf_config,
         )
         runners.install(vllm_config.use_v2_model_runner)
+        runners.fix_audio_in_video()
         set_current_worker(worker)
         return worker
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,25 @@ def install(use_v2_model_runner: bool) -> None:
         compat.wrap("add_requests", _with_slots)
     else:
         compat.wrap("_build_attention_metadata", _with_batch)
+
+
+def fix_audio_in_video() -> None:
+    """Wrap the embedding merge of Qwen2.5-Omni if that model is in use."""
+    if "vllm.model_executor.models.qwen2_5_omni_thinker" in sys.modules:
+        compat.wrap("check_interleaved_audio_video", _with_sound_first)
+
+
+def _with_sound_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM takes embeddings in the order video, audio unless it sees each behind the other; a
+    chunk that begins with sound and ends with pictures is in neither order. Merging by modality
+    is right for every order, so ask for it whenever a chunk holds both."""
+
+    def check_interleaved_audio_video(
+        is_video: Any, is_audio: Any, num_video: int, num_audio: int
+    ) -> bool:
+        return num_video > 0 and num_audio > 0
+
+    return check_interleaved_audio_video
 
 
 def _with_batch(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared checkpoints, clips, engines and the reference they are compared with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"})
+
+from vllm_acckv import cpu_media
+
+cpu_media.fix()
+
+from tests.engines import RUNNER_V2, WITHOUT_PLUGIN, Ask, Engine
+from vllm_acckv.tools import clips, tiny_model
+
+BLOCK_SIZE = 32
+TEXT_ONLY = "Tell me something about colours, shapes and sounds."
+QUESTION = "What happens in the clip?"
+# Longer than a 64-token chunk, so that chunked prefill must split the trailing text.
+LONG_QUESTION = (
+    "Please describe, second by second, everything that can be seen and everything that can be "
+    "heard, and say which sound belongs to which shape and which colour it has at that moment. "
+    "Name the first and the last thing that happens. What is loud, what is bright, what moves?"
+)
+
+
+class Media:
+    """Clips made on demand in one folder; contents depend on the arguments alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def video(self, seconds: int = 4, seed: int = 0, sound: bool = True) -> dict[str, Any]:
+        path = self.folder / f"clip-{seconds}-{seed}-{sound}.mp4"
+        if not path.exists():
+            clips.make_clip(path, seconds=seconds, seed=seed, sound=sound)
+        return {"type": "video_url", "video_url": {"url": path.as_uri()}}
+
+    def audio(self, seconds: int = 3, seed: int = 0) -> dict[str, Any]:
+        path = self.folder / f"sound-{seconds}-{seed}.wav"
+        if not path.exists():
+            clips.make_wav(path, seconds=seconds, seed=seed)
+        return {"type": "audio_url", "audio_url": {"url": path.as_uri()}}
+
+    def ask(self, *parts: dict[str, Any], question: str = QUESTION, **kwargs: Any) -> Ask:
+        content = [*parts, {"type": "text", "text": question}] if question else list(parts)
+        return Ask([{"role": "user", "content": content}], **kwargs)
+
+    def separate(self, seed: int = 0, **kwargs: Any) -> Ask:
+        """Video block, then audio block, then the question."""
+        return self.ask(self.video(seed=seed, sound=False), self.audio(seed=seed), **kwargs)
+
+    def interleaved(self, seed: int = 0, **kwargs: Any) -> Ask:
+        """Audio inside video: two-second pieces of video and sound in turn."""
+        return self.ask(self.video(seed=seed), audio_in_video=True, **kwargs)
+
+    def two_separate(self, **kwargs: Any) -> Ask:
+        return self.ask(
+            self.video(seed=1, sound=False),
+            self.audio(seed=1),
+            {"type": "text", "text": "and then"},
+            self.video(seconds=2, seed=2, sound=False),
+            self.audio(seconds=2, seed=2),
+            **kwargs,
+        )
+
+    def two_interleaved(self, **kwargs: Any) -> Ask:
+        return self.ask(
+            self.video(seed=1), self.video(seconds=3, seed=2), audio_in_video=True, **kwargs
+        )
+
+    def text(self, question: str = TEXT_ONLY, **kwargs: Any) -> Ask:
+        return Ask([{"role": "user", "content": question}], **kwargs)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.build(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
+    return Media(tmp_path_factory.mktemp("media"))
+
+
+@pytest.fixture(scope="session")
+def start_engine(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
+    """Start engines by settings; equal settings share one engine."""
+    engines: dict[str, Engine] = {}
+
+    def start(environment: dict[str, str] | None = None, **options: Any) -> Engine:
+        key = repr((environment, sorted(options.items())))
+        if key not in engines:
+            engines[key] = Engine(checkpoint, environment, **options)
+        return engines[key]
+
+    yield start
+    for engine in engines.values():
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def stock(start_engine: Callable[..., Engine]) -> Engine:
+    """vLLM without this plugin."""
+    return start_engine(WITHOUT_PLUGIN)
+
+
+@pytest.fixture(scope="session")
+def acckv(start_engine: Callable[..., Engine]) -> Engine:
+    """Model runner V1, prompts in one chunk. Requests choose their own budget and tau."""
+    return start_engine(additional_config={"kv_policy": "acckv"})
+
+
+@pytest.fixture(scope="session")
+def acckv_chunked(start_engine: Callable[..., Engine]) -> Engine:
+    """Model runner V1, prompts in chunks of 64 tokens."""
+    return start_engine(additional_config={"kv_policy": "acckv"}, max_num_batched_tokens=64)
+
+
+@pytest.fixture(scope="session")
+def acckv_v2(start_engine: Callable[..., Engine]) -> Engine:
+    """Model runner V2 in Triton's interpreter."""
+    return start_engine(RUNNER_V2, additional_config={"kv_policy": "acckv"})
+
+
+class Reference:
+    """The same requests answered by transformers with the naive AccKV, cached."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        from tests.reference import hf_thinker
+
+        self._checkpoint = checkpoint
+        self._module = hf_thinker
+        self._thinker = tiny_model.load_thinker(checkpoint)
+        self._inputs: dict[str, Any] = {}
+        self._answers: dict[str, Any] = {}
+
+    def answer(self, ask: Ask, budget: float, forced: list[int], **options: Any) -> Any:
+        """A ``Generation`` for the request; ``forced`` are the tokens to follow."""
+        key = repr((ask.messages, ask.audio_in_video))
+        if key not in self._inputs:
+            ids, inputs = self._module.prepare_inputs(
+                self._checkpoint, ask.messages, ask.audio_in_video
+            )
+            positions = self._module.vllm_positions(self._thinker, inputs)
+            self._inputs[key] = (ids, inputs, positions)
+        ids, inputs, positions = self._inputs[key]
+        full = repr((key, budget, forced, sorted(options.items())))
+        if full not in self._answers:
+            scope = options.pop("scope", "av")
+            settings = self._module.Options(block_size=BLOCK_SIZE, **options)
+            policy = self._module.Policy(budget, settings, scope)
+            self._answers[full] = self._module.generate(
+                self._thinker, inputs, len(forced), policy, forced, positions
+            )
+        return ids, self._answers[full]
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path) -> Reference:
+    return Reference(checkpoint)
