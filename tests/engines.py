@@ -128,8 +128,11 @@ class Engine:
 
 
 def _serve(pipe: Any, model: str, options: dict[str, Any]) -> None:
+    import sys
     import traceback
 
+    # A spawned process takes over its parent's sys.path, whatever PYTHONPATH says.
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     try:
         host = _Host(model, options)
         pipe.send((True, None))
@@ -181,9 +184,10 @@ class _Host:
     def free_blocks(self) -> int:
         return self.pool.get_num_free_blocks()
 
-    def runner(self) -> str:
+    def runner(self) -> list[str]:
+        """Modules of the model runner's class and its bases."""
         worker = self.engine.model_executor.driver_worker.worker
-        return type(worker.model_runner).__module__
+        return [base.__module__ for base in type(worker.model_runner).__mro__]
 
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.reset_prefix_cache()

@@ -59,7 +59,7 @@ def test_chunked_prefill_splits_the_trailing_text(
 
 
 def test_model_runner_v2(acckv_v2: Engine, media: Media, reference: Reference) -> None:
-    assert acckv_v2.call("runner") == "vllm.v1.worker.gpu.model_runner"
+    assert "vllm.v1.worker.gpu.model_runner" in acckv_v2.call("runner")
     requests = [
         ask
         for layout in LAYOUTS
