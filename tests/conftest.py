@@ -16,8 +16,8 @@ from vllm_acckv import cpu_media
 
 cpu_media.fix()
 
-from tests.engines import RUNNER_V2, WITHOUT_PLUGIN, Ask, Engine
-from vllm_acckv.tools import clips, tiny_model
+from tests.engines import RUNNER_V2, WITHOUT_PLUGIN, Ask, Engine  # noqa: E402
+from vllm_acckv.tools import clips, tiny_model  # noqa: E402
 
 BLOCK_SIZE = 32
 TEXT_ONLY = "Tell me something about colours, shapes and sounds."
@@ -140,6 +140,10 @@ class Reference:
         self._thinker = tiny_model.load_thinker(checkpoint)
         self._inputs: dict[str, Any] = {}
         self._answers: dict[str, Any] = {}
+
+    def modality(self, prompt: list[int]) -> list[int]:
+        """0 text, 1 video, 2 audio for every prompt token, from the token ids."""
+        return self._module.modality_of(self._thinker, prompt)
 
     def answer(self, ask: Ask, budget: float, forced: list[int], **options: Any) -> Any:
         """A ``Generation`` for the request; ``forced`` are the tokens to follow."""

@@ -60,6 +60,7 @@ class Trace:
 
     Attributes:
         held: per step, blocks held by each running request (null blocks not counted).
+        hashed: per step, for each running request which of its blocks a lookup may find.
         kept: per request and layer, what the policy kept.
         free_before, free_after: free blocks of the pool around the batch.
         log: log lines of the KV policy.
@@ -67,6 +68,7 @@ class Trace:
 
     answers: list[Answer]
     held: list[dict[str, int]]
+    hashed: list[dict[str, list[bool]]]
     kept: dict[str, dict[str, Any]]
     free_before: int
     free_after: int
@@ -159,10 +161,9 @@ class _Host:
 
         from vllm import LLM
 
+        if sabotage := options.pop("sabotage", None):
+            _disable(sabotage)
         self.log: list[str] = []
-        handler = logging.Handler()
-        handler.emit = lambda record: self.log.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("vllm.acckv").addHandler(handler)
         options = {
             "dtype": "float32",
             "enforce_eager": True,
@@ -177,6 +178,10 @@ class _Host:
         }
         self.policy = "kv_policy" in options.get("additional_config", {})
         self.llm = LLM(model=model, **options)
+        # Only now: vLLM configures logging on its way and drops handlers added before.
+        handler = logging.Handler()
+        handler.emit = lambda record: self.log.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("vllm.acckv").addHandler(handler)
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
@@ -188,6 +193,11 @@ class _Host:
         """Modules of the model runner's class and its bases."""
         worker = self.engine.model_executor.driver_worker.worker
         return [base.__module__ for base in type(worker.model_runner).__mro__]
+
+    def null_block(self) -> float:
+        """Sum of absolute values in block 0 of every layer, which nobody may write."""
+        runner = self.engine.model_executor.driver_worker.worker.model_runner
+        return sum(float(cache[0].abs().sum()) for cache in runner.kv_caches)
 
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.reset_prefix_cache()
@@ -240,7 +250,7 @@ class _Host:
         if self.policy:
             self.llm.collective_rpc("kv_policy_record")
         self.log.clear()
-        free_before, held, done = self.free_blocks(), [], {}
+        free_before, held, hashed, done = self.free_blocks(), [], [], {}
         step = 0
         while step == 0 or len(done) + len(abort or {}) < len(asks):
             for number, ask in enumerate(asks):
@@ -253,19 +263,34 @@ class _Host:
             for output in self.engine.step():
                 if output.finished and output.outputs[0].finish_reason != "abort":
                     done[output.request_id] = _answer(output)
-            held.append(self.held())
+            held.append(_by_name(self.held()))
+            hashed.append(_by_name(self.hashed()))
             step += 1
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
         kept = self.llm.collective_rpc("kv_policy_take_records")[0] if self.policy else {}
-        answers = [done[f"r{n}"] for n in range(len(asks)) if f"r{n}" in done]
-        names = {internal: internal.rpartition("-")[0] or internal for internal in kept}
         return Trace(
-            answers,
-            [{key.rpartition("-")[0] or key: value for key, value in now.items()} for now in held],
-            {names[key]: value for key, value in kept.items()},
+            [done[f"r{n}"] for n in range(len(asks)) if f"r{n}" in done],
+            held,
+            hashed,
+            _by_name(kept),
             free_before,
             self.free_blocks(),
             list(self.log),
         )
+
+
+def _disable(target: str) -> None:
+    """Make ``module:function`` do nothing, as if somebody else had undone it."""
+    import importlib
+
+    module, _, function = target.partition(":")
+    setattr(importlib.import_module(module), function, lambda *args: None)
+
+
+def _by_name(by_id: dict[str, Any]) -> dict[str, Any]:
+    """vLLM appends a random part to request ids; take it off again."""
+    return {key.partition("-")[0]: value for key, value in by_id.items()}
 
 
 def _answer(output: Any) -> Answer:

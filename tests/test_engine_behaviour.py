@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users rely on: no change without compression, memory comes back, batches do not mix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.conftest import BLOCK_SIZE, LONG_QUESTION, Media, Reference
+from tests.engines import Answer, Ask, Engine, Trace
+from tests.reference import naive_acckv
+
+
+def assert_same(one: Answer, other: Answer, tolerance: float = 0.0) -> None:
+    assert one.prompt == other.prompt
+    assert one.tokens == other.tokens
+    assert np.abs(one.logprobs - other.logprobs).max() <= tolerance
+
+
+UNCOMPRESSED = {
+    "full policy": lambda media: media.separate(xargs={"kv_policy": "full"}),
+    "full policy, interleaved": lambda media: media.interleaved(xargs={"kv_policy": "full"}),
+    "text only": lambda media: media.text(),
+    "below an absolute budget": lambda media: media.separate(xargs={"kv_budget": 5000}),
+    "budget of everything": lambda media: media.separate(xargs={"kv_budget": 1.0, "kv_tau": 0.9}),
+    "less than a block to free": lambda media: media.ask(
+        media.audio(seconds=2), xargs={"kv_budget": 0.9}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCOMPRESSED)
+def test_uncompressed_requests_equal_stock_vllm(
+    acckv: Engine, stock: Engine, media: Media, case: str
+) -> None:
+    ask = UNCOMPRESSED[case](media)
+    trace = acckv.run(ask)
+    assert not trace.kept
+    assert_same(trace.answers[0], stock.answer(Ask(ask.messages, ask.audio_in_video)))
+
+
+def test_full_policy_of_the_server_equals_stock_vllm(
+    start_engine: Callable[..., Engine], stock: Engine, media: Media
+) -> None:
+    full = start_engine(additional_config={"kv_policy": {"policy": "full"}})
+    for ask in (media.separate(), media.interleaved(), media.text()):
+        trace = full.run(ask)
+        assert not trace.kept
+        assert "policy full" in trace.log[-1]
+        assert_same(trace.answers[0], stock.answer(ask))
+
+
+def mixed(media: Media) -> list[Ask]:
+    return [
+        media.separate(seed=1, xargs={"kv_budget": 0.2}, max_tokens=14),
+        media.text(max_tokens=6),
+        media.interleaved(seed=2, xargs={"kv_budget": 0.1}, max_tokens=20),
+        media.separate(seed=3, xargs={"kv_policy": "full"}, max_tokens=9),
+        media.two_separate(xargs={"kv_budget": 40}, max_tokens=17),
+        media.ask(media.video(seed=4, sound=False, seconds=8), max_tokens=5),
+        media.ask(media.audio(seed=5, seconds=5), xargs={"kv_budget": 0.5}, max_tokens=12),
+        media.two_interleaved(xargs={"kv_budget": 0.3, "kv_tau": -1.0}, max_tokens=11),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(acckv: Engine, media: Media) -> list[Trace]:
+    """The requests of :func:`mixed`, one at a time."""
+    return [acckv.run(ask) for ask in mixed(media)]
+
+
+def assert_like_alone(trace: Trace, alone: list[Trace]) -> None:
+    for number, single in enumerate(alone):
+        assert_same(trace.answers[number], single.answers[0], 1e-4)
+        assert trace.kept.get(f"r{number}") == single.kept.get("r0")
+    assert trace.free_before == trace.free_after
+
+
+def test_batch_of_eight_mixed_requests(acckv: Engine, media: Media, alone: list[Trace]) -> None:
+    trace = acckv.run(*mixed(media))
+    assert_like_alone(trace, alone)
+    kept = {
+        name: [layer["tokens"] for layer in layers.values()] for name, layers in trace.kept.items()
+    }
+    assert set(kept) == {"r0", "r2", "r4", "r5", "r6", "r7"}
+    assert all(any(layer != layers[0] for layer in layers) for layers in kept.values())
+    sets = [str(layers) for layers in kept.values()]
+    assert len(set(sets)) == len(sets)
+
+
+def test_hazard_12_rows_in_prefill_beside_compacted_rows(
+    acckv_chunked: Engine, media: Media, alone: list[Trace]
+) -> None:
+    """Requests arrive while others decode; every prompt takes several chunks."""
+    trace = acckv_chunked.run(*mixed(media), arrive=[0, 1, 3, 4, 7, 9, 10, 14])
+    assert_like_alone(trace, alone)
+
+
+def test_hazard_13_rows_move_when_others_finish(
+    acckv: Engine, media: Media, alone: list[Trace]
+) -> None:
+    """Row order differs from arrival order because requests end at different steps."""
+    trace = acckv.run(*mixed(media), arrive=[6, 0, 2, 0, 8, 0, 4, 7])
+    assert_like_alone(trace, alone)
+
+
+def long_ask(media: Media, **kwargs) -> Ask:
+    """At least 3,000 audio-video tokens."""
+    parts = [
+        part
+        for seed in range(4)
+        for part in (
+            media.video(seconds=28, seed=seed, sound=False),
+            media.audio(seconds=28, seed=seed),
+        )
+    ]
+    return media.ask(*parts, **kwargs)
+
+
+def test_long_prompt_holds_the_computed_bound(
+    acckv: Engine, media: Media, reference: Reference
+) -> None:
+    ask = long_ask(media, xargs={"kv_budget": 0.2}, max_tokens=40)
+    trace = acckv.run(ask)
+    (answer,) = trace.answers
+    modality = reference.modality(answer.prompt)
+    assert sum(code != naive_acckv.TEXT for code in modality) >= 3000
+    _, freed, active = naive_acckv.naive_plan(modality, 0.2, BLOCK_SIZE)
+    assert active
+    length = len(answer.prompt)
+    blocks = -(-length // BLOCK_SIZE)
+    held = [step["r0"] for step in trace.held if "r0" in step]
+    prefill_steps = held.index(max(held)) + 1
+    assert max(held) == blocks
+    for generated, count in enumerate(held[prefill_steps:], start=1):
+        assert count <= -(-(length + generated) // BLOCK_SIZE) - freed
+    assert freed > 0.7 * blocks
+    assert trace.free_before == trace.free_after
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6])
+def test_abort_returns_every_block(acckv: Engine, media: Media, step: int) -> None:
+    """Before, in, and after the step that compacts (chunks of up to 2048 tokens)."""
+    asks = [long_ask(media, max_tokens=30), media.separate(max_tokens=12)]
+    trace = acckv.run(*asks, abort={0: step})
+    assert trace.free_before == trace.free_after
+    assert len(trace.answers) == 1
+
+
+def test_hazard_2_nothing_is_compacted_before_the_prompt_is_complete(
+    acckv_chunked: Engine, media: Media
+) -> None:
+    trace = acckv_chunked.run(media.separate(question=LONG_QUESTION, max_tokens=8))
+    held = [step["r0"] for step in trace.held if "r0" in step]
+    blocks = -(-len(trace.answers[0].prompt) // BLOCK_SIZE)
+    growing = held[: held.index(blocks) + 1]
+    assert len(growing) > 3
+    assert growing == sorted(growing)
+    assert held[len(growing)] < blocks
+
+
+def test_hazard_3_trailing_text_split_over_chunks(
+    acckv: Engine, acckv_chunked: Engine, media: Media, reference: Reference
+) -> None:
+    """Scores of several chunks accumulate to those of one."""
+    ask = media.separate(question=LONG_QUESTION)
+    whole, split = acckv.run(ask), acckv_chunked.run(ask)
+    modality = reference.modality(whole.answers[0].prompt)
+    start = naive_acckv.first_trailing_text(modality)
+    assert len(modality) - start > 64  # longer than a chunk
+    assert split.kept == whole.kept
+    assert_same(split.answers[0], whole.answers[0], 1e-4)
+
+
+def test_hazard_8_preemption_starts_over(acckv: Engine, media: Media, alone: list[Trace]) -> None:
+    """A preempted request is computed again and compacted again, and counted once."""
+    for step in (2, 6):
+        trace = acckv.run(*mixed(media), preempt_at=step)
+        for number, single in enumerate(alone):
+            assert trace.answers[number].tokens == single.answers[0].tokens
+        assert trace.free_before == trace.free_after
+        assert len(trace.log) == len(alone)
+        finished = [line.split("; ")[1] for line in trace.log if "freed" in line]
+        single_lines = [
+            line.split("; ")[1] for single in alone for line in single.log if "freed" in line
+        ]
+        assert sorted(finished) == sorted(single_lines)
+
+
+def test_hazard_9_pool_returns_to_its_start_value(acckv: Engine, media: Media) -> None:
+    before = acckv.call("free_blocks")
+    for _ in range(3):
+        acckv.run(*mixed(media))
+    assert acckv.call("free_blocks") == before
+
+
+def test_hazard_10_null_block_is_never_written(acckv: Engine, media: Media) -> None:
+    acckv.run(*mixed(media))
+    assert acckv.call("null_block") == 0
+
+
+ONE_SIDED = {
+    "video only": lambda media: media.ask(media.video(sound=False, seconds=8)),
+    "audio only": lambda media: media.ask(media.audio(seconds=6)),
+    "audio before video": lambda media: media.ask(media.audio(), media.video(sound=False)),
+}
+
+
+@pytest.mark.parametrize("case", ONE_SIDED)
+def test_hazard_16_one_modality_or_the_other_order(
+    acckv: Engine, media: Media, reference: Reference, case: str
+) -> None:
+    ask = ONE_SIDED[case](media)
+    trace = acckv.run(ask)
+    (answer,) = trace.answers
+    _, expected = reference.answer(ask, 0.2, answer.tokens, tau=0.6)
+    assert expected.active
+    assert np.abs(answer.logprobs - expected.logprobs.numpy()).max() < 1e-3
+    for layer, selection in zip(trace.kept["r0"].values(), expected.selections, strict=True):
+        assert layer["tokens"] == selection.kept
+
+
+def test_hazard_1_another_attention_backend_is_refused(start_engine: Callable[..., Engine]) -> None:
+    engine = start_engine(
+        additional_config={"kv_policy": "acckv"}, sabotage="vllm_acckv.engine.startup:activate"
+    )
+    with pytest.raises(RuntimeError, match=r"layers\.0.*runs on the attention backend vllm\.v1"):
+        engine.call("free_blocks")
+
+
+def test_hazard_1_an_unseen_batch_is_refused(
+    start_engine: Callable[..., Engine], media: Media
+) -> None:
+    engine = start_engine(
+        additional_config={"kv_policy": "acckv"}, sabotage="vllm_acckv.engine.runners:install"
+    )
+    with pytest.raises(RuntimeError, match="did not announce its batch"):
+        engine.run(media.separate())
