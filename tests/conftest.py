@@ -145,8 +145,15 @@ class Reference:
         """0 text, 1 video, 2 audio for every prompt token, from the token ids."""
         return self._module.modality_of(self._thinker, prompt)
 
-    def answer(self, ask: Ask, budget: float, forced: list[int], **options: Any) -> Any:
-        """A ``Generation`` for the request; ``forced`` are the tokens to follow."""
+    def answer(
+        self, ask: Ask, budget: float, forced: list[int], hold_back: int = 0, **options: Any
+    ) -> Any:
+        """Prompt ids and a ``Generation`` for the request.
+
+        Args:
+            forced: tokens to follow.
+            hold_back: last prompt tokens that are fed after compression, like generated ones.
+        """
         key = repr((ask.messages, ask.audio_in_video))
         if key not in self._inputs:
             ids, inputs = self._module.prepare_inputs(
@@ -155,6 +162,11 @@ class Reference:
             positions = self._module.vllm_positions(self._thinker, inputs)
             self._inputs[key] = (ids, inputs, positions)
         ids, inputs, positions = self._inputs[key]
+        if hold_back:
+            forced = ids[-hold_back:] + forced
+            cut = ("input_ids", "attention_mask")
+            inputs = {k: v[:, :-hold_back] if k in cut else v for k, v in inputs.items()}
+            positions = positions[:, :-hold_back]
         full = repr((key, budget, forced, sorted(options.items())))
         if full not in self._answers:
             scope = options.pop("scope", "av")

@@ -85,9 +85,7 @@ class Engine:
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
         try:
-            self._process = context.Process(
-                target=_serve, args=(theirs, str(model), options), daemon=True
-            )
+            self._process = context.Process(target=_serve, args=(theirs, str(model), options))
             self._process.start()
         finally:
             for name, value in before.items():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,77 @@ def test_chunked_prefill_splits_the_trailing_text(
     trace = acckv_chunked.run(*requests)
     assert_matches(trace, requests, reference)
     assert any(trace.kept.values())
+
+
+VARIANTS = {
+    "corrected redistribution": {"redistribution": "visible"},
+    "no redistribution": {"redistribution": "off"},
+    "no focusing": {"focusing": False},
+    "no calibration": {"calibration": False},
+    "selection per head": {"head_mode": "head"},
+    "filter by quantile": {"tau_mode": "quantile", "tau": 0.5},
+    "filter by quantile per head": {"tau_mode": "quantile", "tau": 0.5, "head_mode": "head"},
+    "budget of the whole prompt": {"budget_scope": "total"},
+    "text before the clip dropped": {"keep_prefix": False},
+    "everything off": {"redistribution": "off", "focusing": False, "calibration": False},
+}
+
+
+@pytest.mark.parametrize("layout", ["separate", "interleaved"])
+def test_every_option(acckv: Engine, media: Media, reference: Reference, layout: str) -> None:
+    requests = [
+        getattr(media, layout)(xargs={"kv_budget": 0.3, "kv_policy_config": options})
+        for options in VARIANTS.values()
+    ]
+    trace = acckv.run(*requests)
+    for number, options in enumerate(VARIANTS.values()):
+        options = {"tau": 0.6, **options}
+        if "budget_scope" in options:
+            options["scope"] = options.pop("budget_scope")
+        answer = trace.answers[number]
+        _, expected = reference.answer(requests[number], 0.3, answer.tokens, **options)
+        assert expected.active
+        difference = np.abs(answer.logprobs - expected.logprobs.numpy()).max()
+        assert difference < 1e-3, list(VARIANTS)[number]
+        kept = trace.kept[f"r{number}"].values()
+        for layer, selection in zip(kept, expected.selections, strict=True):
+            assert layer["tokens"] == selection.kept
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compress_before_the_last_prompt_token(
+    acckv: Engine, acckv_chunked: Engine, media: Media, reference: Reference, layout: str
+) -> None:
+    """Hazard 19: here even the first answer token depends on what was kept."""
+    config = {"compress_before_last_token": True}
+    ask = getattr(media, layout)(question=LONG_QUESTION, xargs={"kv_policy_config": config})
+    for engine in (acckv, acckv_chunked):
+        trace = engine.run(ask)
+        (answer,) = trace.answers
+        _, expected = reference.answer(ask, 0.2, answer.tokens, hold_back=1, tau=0.6)
+        assert expected.active
+        assert np.abs(answer.logprobs - expected.logprobs[1:].numpy()).max() < 1e-3
+    full = acckv.answer(getattr(media, layout)(question=LONG_QUESTION, xargs={"kv_policy": "full"}))
+    assert np.abs(answer.logprobs[0] - full.logprobs[0]).max() > 1e-2
+
+
+def test_hazard_11_tensor_parallel_ranks_agree(
+    start_engine: Callable[..., Engine], media: Media, reference: Reference
+) -> None:
+    """Each rank holds half of the heads; scores, similarities and counts are shared."""
+    engine = start_engine(
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        additional_config={"kv_policy": "acckv"},
+        tensor_parallel_size=2,
+    )
+    pairs = [(0.5, 0.6), (0.2, -1.0), (0.2, 0.6)]
+    requests = asks(media, "separate", "What happens in the clip?", pairs)
+    requests += asks(media, "two_interleaved", "What happens in the clip?", pairs)
+    trace = engine.run(*requests)
+    for number, (ask, answer) in enumerate(zip(requests, trace.answers, strict=True)):
+        budget, tau = ask.xargs["kv_budget"], ask.xargs["kv_tau"]
+        _, expected = reference.answer(ask, budget, answer.tokens, tau=tau)
+        assert np.abs(answer.logprobs - expected.logprobs.numpy()).max() < 1e-3, number
 
 
 def test_model_runner_v2(acckv_v2: Engine, media: Media, reference: Reference) -> None:

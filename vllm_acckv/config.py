@@ -8,6 +8,7 @@ vLLM or torch, so flags can be checked before anything heavy is loaded.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ POLICIES = ("acckv", "full")
 # Name a user knows each field by, for error messages; the rest are keys of --kv-policy-config.
 _FLAGS = {"policy": "--kv-policy", "budget": "--kv-budget", "tau": "--kv-tau"}
 _REQUEST_KEYS = {"kv_policy": "policy", "kv_budget": "budget", "kv_tau": "tau"}
+_REQUEST_CONFIG = "kv_policy_config"
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "policy": POLICIES,
@@ -107,29 +109,43 @@ class KVPolicyConfig:
         return cls(**values)
 
     def for_request(self, extra_args: Mapping[str, Any] | None) -> KVPolicyConfig:
-        """These settings with a request's own ``kv_policy``, ``kv_budget`` and ``kv_tau``.
+        """These settings with a request's own.
 
         Args:
-            extra_args: ``SamplingParams.extra_args``, ``vllm_xargs`` in an HTTP body.
+            extra_args: ``SamplingParams.extra_args`` (``vllm_xargs`` in an HTTP body); its keys
+                ``kv_policy``, ``kv_budget``, ``kv_tau`` and ``kv_policy_config`` (a JSON object
+                or its text) count, keys that do not begin with ``kv_`` belong to others.
 
         Raises:
-            KVPolicyError: for a value outside its range, or another key that begins with
-                ``kv_policy``, ``kv_budget`` or ``kv_tau``.
+            KVPolicyError: for a value outside its range, or an unknown key.
         """
         own: dict[str, Any] = {}
         for key, value in (extra_args or {}).items():
             if key in _REQUEST_KEYS:
                 own[_REQUEST_KEYS[key]] = value
-            elif key.startswith(tuple(_REQUEST_KEYS)):
+            elif key == _REQUEST_CONFIG:
+                own = {**_json_object(value), **own}
+            elif key.startswith(("kv_policy", "kv_budget", "kv_tau")):
                 raise KVPolicyError(
                     f"Unknown request setting {key!r}; it must be one of "
-                    f"{', '.join(_REQUEST_KEYS)}."
+                    f"{', '.join([*_REQUEST_KEYS, _REQUEST_CONFIG])}."
                 )
-        return dataclasses.replace(self, **own) if own else self
+        return self.from_mapping({**self.to_mapping(), **own}) if own else self
 
     def to_mapping(self) -> dict[str, Any]:
         """The JSON-able form that travels in ``VllmConfig.additional_config``."""
         return dataclasses.asdict(self)
+
+
+def _json_object(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            _reject_text(_REQUEST_CONFIG, value, f"a JSON object ({error})")
+    if not isinstance(value, Mapping):
+        _reject_text(_REQUEST_CONFIG, value, "a JSON object")
+    return value
 
 
 def _budget(value: Any) -> float:
@@ -160,5 +176,8 @@ def _number(name: str, value: Any, what: str) -> float:
 
 
 def _reject(name: str, value: Any, allowed: str) -> Any:
-    flag = _FLAGS.get(name, f"--kv-policy-config {name}")
-    raise KVPolicyError(f"{flag} is {value!r}; it must be {allowed}.")
+    return _reject_text(_FLAGS.get(name, f"--kv-policy-config {name}"), value, allowed)
+
+
+def _reject_text(what: str, value: Any, allowed: str) -> Any:
+    raise KVPolicyError(f"{what} is {value!r}; it must be {allowed}.")

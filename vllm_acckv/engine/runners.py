@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
+
 from vllm_acckv.engine import compat
+from vllm_acckv.engine.rotary import RotaryAngles
 from vllm_acckv.engine.worker import current_worker
 
 
@@ -46,8 +50,11 @@ def _with_batch(original: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.get("num_scheduled_tokens") is None:  # a warm-up run has no requests
             worker.batch = []
         else:
-            request_ids = self.input_batch.req_ids
-            worker.batch = [worker.request(id, self.requests[id]) for id in request_ids]
+            worker.batch = [
+                worker.request(request_id, state, partial(_angles_v1, self, state))
+                for request_id in self.input_batch.req_ids
+                for state in (self.requests[request_id],)
+            ]
             if len(worker.requests) > len(self.requests):
                 worker.forget_all_but(self.requests)
         try:
@@ -56,6 +63,19 @@ def _with_batch(original: Callable[..., Any]) -> Callable[..., Any]:
             worker.batch = None
 
     return _build_attention_metadata
+
+
+def _angles_v1(runner: Any, state: Any, length: int) -> torch.Tensor:
+    positions = state.mrope_positions if runner.uses_mrope else torch.arange(length)
+    return RotaryAngles.of(runner.get_model())(positions[..., :length])
+
+
+def _angles_v2(runner: Any, slot: int, length: int) -> torch.Tensor:
+    rope_state = runner.model_state.rope_state
+    positions = torch.arange(length)
+    if rope_state is not None:
+        positions = rope_state.read_prefill_positions(slot, length)
+    return RotaryAngles.of(runner.get_model())(positions)
 
 
 class _NewRequest:
@@ -76,7 +96,9 @@ def _with_slots(original: Callable[..., Any]) -> Callable[..., Any]:
             return
         for data in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[data.req_id]
-            worker.slots[slot] = worker.request(data.req_id, _NewRequest(data))
+            worker.slots[slot] = worker.request(
+                data.req_id, _NewRequest(data), partial(_angles_v2, self, slot)
+            )
         worker.step_open = True
         known = self.req_states.req_id_to_index
         if len(worker.requests) > len(known):

@@ -9,7 +9,7 @@ first token and overwrites everything kept here, so there is nothing to undo.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -112,14 +112,12 @@ class PolicyWorker:
         device: torch.device,
         ranks: TensorParallelRanks,
         hf_config: Any,
-        angles: Any = None,
     ) -> None:
         self.config = config
         self.block_size = block_size
         self.device = device
         self.ranks = ranks
         self.hf_config = hf_config
-        self.angles = angles
         self.requests: dict[str, WorkerRequest] = {}
         # Runner V1 announces each batch row by row. Runner V2 says which slot holds which
         # request, and names the slots of a batch itself.
@@ -132,8 +130,14 @@ class PolicyWorker:
         self.records: dict[str, dict[str, Any]] | None = None
         self._reported: list[WorkerRequest] = []
 
-    def request(self, request_id: str, source: Any) -> WorkerRequest:
-        """The state of a request, made from the runner's ``source`` when it is new."""
+    def request(
+        self, request_id: str, source: Any, angles: Callable[[int], torch.Tensor]
+    ) -> WorkerRequest:
+        """The state of a request, made from the runner's ``source`` when it is new.
+
+        Args:
+            angles: gives the rotary angles ``[n, R/2]`` of the first n prompt tokens.
+        """
         known = self.requests.get(request_id)
         if known is not None and known.source is source:
             return known
@@ -142,8 +146,12 @@ class PolicyWorker:
         prompt = None
         if policy is not None:
             modality = torch.from_numpy(plan.modalities).to(self.device)
-            angles = self.angles(source, plan.end) if policy.needs_angles else None
-            prompt = Prompt(modality, plan.text_start, plan.keep, angles)
+            prompt = Prompt(
+                modality,
+                plan.text_start,
+                plan.keep,
+                angles(plan.end) if policy.needs_angles else None,
+            )
         known = WorkerRequest(request_id, source, plan, policy, prompt)
         self.requests[request_id] = known
         return known

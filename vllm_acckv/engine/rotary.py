@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary angles of prompt tokens, for policies that look at keys before rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+
+from vllm_acckv.config import KVPolicyError
+
+
+class RotaryAngles:
+    """Turns a request's positions into the angles its keys were rotated by.
+
+    Args:
+        rotary: the rotary embedding module of vLLM that the decoder layers use.
+    """
+
+    def __init__(self, rotary: Any) -> None:
+        if rotary is None or not getattr(rotary, "is_neox_style", False):
+            raise KVPolicyError(
+                "merge_space=pre_rope and tau_mode=absolute_pre_rope need a model with "
+                f"half-split rotary embedding; this one has {type(rotary).__name__}."
+            )
+        # Row 1 of the cache holds the cosine and sine of one step, at most one radian: exact
+        # for every scaling of the frequencies, and whatever factor scales the amplitude.
+        cos, sin = rotary.cos_sin_cache[1].float().chunk(2)
+        self._frequency = torch.atan2(sin, cos)
+        self._axis = torch.zeros_like(self._frequency, dtype=torch.int64)
+        section = getattr(rotary, "mrope_section", None)
+        if section and getattr(rotary, "mrope_interleaved", False):
+            channel = torch.arange(len(self._frequency), device=cos.device)
+            for axis in (1, 2):
+                self._axis[(channel % 3 == axis) & (channel < section[axis] * 3)] = axis
+        elif section:
+            axes = torch.arange(len(section), device=cos.device)
+            self._axis = axes.repeat_interleave(torch.tensor(section, device=cos.device))
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> RotaryAngles:
+        """Angles of the decoder layers of ``model``."""
+        for name, module in model.named_modules():
+            if isinstance(module, Attention):
+                parent = model.get_submodule(name.rpartition(".")[0])
+                return cls(getattr(parent, "rotary_emb", None))
+        return cls(None)
+
+    def __call__(self, positions: torch.Tensor) -> torch.Tensor:
+        """fp32 ``[l, R/2]`` angles for positions ``[l]``, or ``[3, l]`` of a model with M-RoPE."""
+        positions = positions.to(self._frequency.device)
+        if positions.dim() == 1:
+            return positions[:, None] * self._frequency
+        return positions[self._axis].T * self._frequency
