@@ -141,6 +141,35 @@ class Reference:
         self._inputs: dict[str, Any] = {}
         self._answers: dict[str, Any] = {}
 
+    def _prepared(self, ask: Ask) -> tuple[list[int], dict[str, Any], Any]:
+        """Prompt ids, model inputs and vLLM's M-RoPE positions of a request."""
+        key = repr((ask.messages, ask.audio_in_video))
+        if key not in self._inputs:
+            ids, inputs = self._module.prepare_inputs(
+                self._checkpoint, ask.messages, ask.audio_in_video
+            )
+            positions = self._module.vllm_positions(self._thinker, inputs)
+            self._inputs[key] = (ids, inputs, positions)
+        return self._inputs[key]
+
+    def selections_before_rope(self, ask: Ask, budget: float, **options: Any) -> list[Any]:
+        """What the naive AccKV keeps when it sees keys before rotary embedding, per layer."""
+        from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as hf
+
+        ids, inputs, positions = self._prepared(ask)
+        state = self._module.prefill(self._thinker, inputs, positions)
+        modality = self.modality(ids)
+        keep, _, _ = self._module.naive_plan(modality, budget, BLOCK_SIZE)
+        settings = self._module.Options(k=keep, block_size=BLOCK_SIZE, **options)
+        selections = []
+        for layer, attention in zip(state.cache.layers, state.attentions, strict=True):
+            cos, sin = self._thinker.model.rotary_emb(layer.keys, positions[:, None])
+            plain, _ = hf.apply_rotary_pos_emb(layer.keys, layer.keys, cos, -sin)
+            selections.append(
+                self._module.naive_select(attention, plain[0], layer.values[0], modality, settings)
+            )
+        return selections
+
     def modality(self, prompt: list[int]) -> list[int]:
         """0 text, 1 video, 2 audio for every prompt token, from the token ids."""
         return self._module.modality_of(self._thinker, prompt)
@@ -155,13 +184,7 @@ class Reference:
             hold_back: last prompt tokens that are fed after compression, like generated ones.
         """
         key = repr((ask.messages, ask.audio_in_video))
-        if key not in self._inputs:
-            ids, inputs = self._module.prepare_inputs(
-                self._checkpoint, ask.messages, ask.audio_in_video
-            )
-            positions = self._module.vllm_positions(self._thinker, inputs)
-            self._inputs[key] = (ids, inputs, positions)
-        ids, inputs, positions = self._inputs[key]
+        ids, inputs, positions = self._prepared(ask)
         if hold_back:
             forced = ids[-hold_back:] + forced
             cut = ("input_ids", "attention_mask")

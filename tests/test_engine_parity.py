@@ -95,6 +95,23 @@ def test_every_option(acckv: Engine, media: Media, reference: Reference, layout:
             assert layer["tokens"] == selection.kept
 
 
+@pytest.mark.parametrize("layout", ["separate", "interleaved"])
+def test_similarity_before_rotary_embedding(
+    acckv: Engine, acckv_v2: Engine, media: Media, reference: Reference, layout: str
+) -> None:
+    """Kept sets equal those of the naive filter on keys that transformers un-rotated."""
+    config = {"tau_mode": "absolute_pre_rope", "merge_space": "pre_rope", "tau": 0.2}
+    ask = getattr(media, layout)(xargs={"kv_policy_config": config})
+    expected = reference.selections_before_rope(ask, 0.2, tau=0.2)
+    post = acckv.run(getattr(media, layout)(xargs={"kv_tau": 0.2}))
+    runs = [acckv.run(ask), acckv_v2.run(ask)]
+    for trace in runs:
+        layers = list(trace.kept["r0"].values())
+        assert [layer["tokens"] for layer in layers] == [one.kept for one in expected]
+        assert layers != list(post.kept["r0"].values())
+    assert np.abs(runs[0].answers[0].logprobs - runs[1].answers[0].logprobs).max() < 1e-3
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compress_before_the_last_prompt_token(
     acckv: Engine, acckv_chunked: Engine, media: Media, reference: Reference, layout: str

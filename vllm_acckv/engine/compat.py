@@ -139,8 +139,8 @@ def check_version() -> None:
         )
 
 
-def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace the touch point ``name`` by ``make(original)``; a second call does nothing.
+def find(name: str) -> tuple[Any, Any]:
+    """The class or module that holds touch point ``name``, and the function as it is stored there.
 
     Raises:
         IncompatibleVLLMError: when the function is gone or its parameters changed.
@@ -151,25 +151,36 @@ def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
     owner: Any = importlib.import_module(module_name)
     if class_name:
         owner = getattr(owner, class_name, None)
-    raw = inspect.getattr_static(owner, function_name, None)
-    original = getattr(raw, "__func__", raw)
-    if original is None or not callable(original):
+    stored = inspect.getattr_static(owner, function_name, None)
+    if stored is None:
         raise IncompatibleVLLMError(_changed(point, "it no longer exists"))
-    if getattr(original, "_kv_policy_wrapped", False):
-        return
-    found = tuple(inspect.signature(original).parameters)
-    expected = point.parameters
-    if isinstance(raw, classmethod):
-        expected = ("cls", *expected)
+    found = tuple(inspect.signature(getattr(stored, "__func__", stored)).parameters)
+    expected = ("cls", *point.parameters) if isinstance(stored, classmethod) else point.parameters
     if found != expected:
         raise IncompatibleVLLMError(
             _changed(point, f"it takes {', '.join(found)} instead of {', '.join(expected)}")
         )
+    return owner, stored
+
+
+def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the touch point ``name`` by ``make(original)``; a second call does nothing.
+
+    Raises:
+        IncompatibleVLLMError: when the function is gone or its parameters changed.
+    """
+    if name in _wrapped:
+        return
+    owner, stored = find(name)
+    original = getattr(stored, "__func__", stored)
     wrapper: Any = functools.wraps(original)(make(original))
-    wrapper._kv_policy_wrapped = True
-    if isinstance(raw, (classmethod, staticmethod)):
-        wrapper = type(raw)(wrapper)
-    setattr(owner, function_name, wrapper)
+    if isinstance(stored, (classmethod, staticmethod)):
+        wrapper = type(stored)(wrapper)
+    setattr(owner, name, wrapper)
+    _wrapped.add(name)
+
+
+_wrapped: set[str] = set()
 
 
 def _changed(point: TouchPoint, what: str) -> str:

@@ -24,19 +24,16 @@ class RotaryAngles:
                 "merge_space=pre_rope and tau_mode=absolute_pre_rope need a model with "
                 f"half-split rotary embedding; this one has {type(rotary).__name__}."
             )
-        # Row 1 of the cache holds the cosine and sine of one step, at most one radian: exact
-        # for every scaling of the frequencies, and whatever factor scales the amplitude.
-        cos, sin = rotary.cos_sin_cache[1].float().chunk(2)
-        self._frequency = torch.atan2(sin, cos)
+        self._frequency = _frequencies(rotary.cos_sin_cache.float())
         self._axis = torch.zeros_like(self._frequency, dtype=torch.int64)
         section = getattr(rotary, "mrope_section", None)
         if section and getattr(rotary, "mrope_interleaved", False):
-            channel = torch.arange(len(self._frequency), device=cos.device)
+            channel = torch.arange(len(self._frequency), device=self._frequency.device)
             for axis in (1, 2):
                 self._axis[(channel % 3 == axis) & (channel < section[axis] * 3)] = axis
         elif section:
-            axes = torch.arange(len(section), device=cos.device)
-            self._axis = axes.repeat_interleave(torch.tensor(section, device=cos.device))
+            axes = [axis for axis, count in enumerate(section) for _ in range(count)]
+            self._axis = torch.tensor(axes, device=self._frequency.device)
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> RotaryAngles:
@@ -53,3 +50,20 @@ class RotaryAngles:
         if positions.dim() == 1:
             return positions[:, None] * self._frequency
         return positions[self._axis].T * self._frequency
+
+
+def _frequencies(cache: torch.Tensor) -> torch.Tensor:
+    """Radians per position ``[R/2]`` from vLLM's table of cosines and sines ``[positions, R]``.
+
+    Reading them off the table is right for every scaling of the frequencies and whatever factor
+    scales the amplitude. One step is at most one radian; larger steps then refine the value,
+    because their whole turns are known from the smaller ones.
+    """
+    frequency = torch.zeros(cache.shape[1] // 2, dtype=torch.float64, device=cache.device)
+    step = 1
+    while step < len(cache):
+        cos, sin = cache[step].double().chunk(2)
+        error = torch.atan2(sin, cos) - frequency * step
+        frequency += torch.remainder(error + torch.pi, 2 * torch.pi).sub(torch.pi) / step
+        step *= 4
+    return frequency.float()

@@ -41,7 +41,8 @@ ARGUMENTS = (
 
 _HOST = "127.0.0.1"
 _START_SECONDS = 300.0
-_STOP_SECONDS = 30.0
+_ANSWER_SECONDS = 30.0
+_STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 _TAIL_LINES = 40
 
@@ -129,11 +130,11 @@ class Server:
         return OpenAI(base_url=f"{self._url}/v1", api_key="unused", max_retries=0, http_client=http)
 
     def metrics(self) -> Metrics:
-        with _direct.open(f"{self._url}/metrics", timeout=_STOP_SECONDS) as answer:
+        with _direct.open(f"{self._url}/metrics", timeout=_ANSWER_SECONDS) as answer:
             return Metrics(answer.read().decode())
 
     def wait_until(
-        self, condition: Callable[[], bool], what: str, seconds: float = _STOP_SECONDS
+        self, condition: Callable[[], bool], what: str, seconds: float = _ANSWER_SECONDS
     ) -> None:
         """Wait until ``condition()``, described by ``what``, holds.
 
@@ -168,7 +169,7 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with _direct.open(f"{self._url}/health", timeout=_STOP_SECONDS) as answer:
+            with _direct.open(f"{self._url}/health", timeout=_ANSWER_SECONDS) as answer:
                 return answer.status == 200
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False

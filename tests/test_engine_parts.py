@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of the engine that can be checked without a server."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_acckv.config import KVPolicyConfig, KVPolicyError
+from vllm_acckv.engine import compat
+from vllm_acckv.engine.blocks import bounded_chunk
+from vllm_acckv.plan import make_plan
+from vllm_acckv.policies.rotary import rotate
+from vllm_acckv.spans import TEXT, VIDEO
+
+
+def test_every_touch_point_is_as_expected() -> None:
+    """The installed vLLM still has every function this package wraps, with these parameters."""
+    for name, point in compat.TOUCH_POINTS.items():
+        assert point.reason
+        assert point.removal
+        if "gpu.model_runner" in point.target:
+            continue  # needs Triton to import; the tests on model runner V2 wrap it
+        compat.find(name)
+
+
+def test_a_changed_function_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("changed")
+    module.function = lambda one, two: None
+    monkeypatch.setitem(sys.modules, "changed", module)
+    for target, message in (
+        ("changed:function", "takes one, two instead of one"),
+        ("changed:gone", "changed:gone: it no longer exists"),
+    ):
+        point = compat.TouchPoint(target, ("one",), "a test", "never")
+        monkeypatch.setitem(compat.TOUCH_POINTS, "changed", point)
+        with pytest.raises(compat.IncompatibleVLLMError, match=message):
+            compat.wrap("changed", lambda original: original)
+    assert module.function(1, 2) is None
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])
+def test_other_versions_of_vllm_are_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(compat.IncompatibleVLLMError, match=rf">=0\.32,<0\.33.*{version}"):
+        compat.check_version()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1rc1+cu130"])
+def test_known_versions_of_vllm(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    compat.check_version()
+
+
+def test_plugin_imports_nothing_heavy_and_survives_a_changed_vllm(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hazard: an import crash after an upgrade takes down servers that use no policy."""
+    from vllm_acckv.engine import flags, plugin
+
+    def install() -> None:
+        raise compat.IncompatibleVLLMError("vLLM changed something")
+
+    monkeypatch.setattr(flags, "install", install)
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", types.ModuleType("arg_utils"))
+    plugin.register()
+    heavy = [name for name in ("torch", "vllm_acckv.policies") if name in _imports(plugin)]
+    assert not heavy
+
+
+def _imports(module: types.ModuleType) -> str:
+    source = inspect.getsource(module)
+    return source.split("def register")[0]
+
+
+def test_chunks_end_at_the_compaction_point() -> None:
+    """A chunk never crosses ``end``, and the last one has two tokens or more."""
+    modality = np.array([TEXT] * 4 + [VIDEO] * 90 + [TEXT] * 6, dtype=np.int8)
+    plan = make_plan(modality, KVPolicyConfig(), 16)
+    assert plan.active
+    assert plan.end == 100
+    assert bounded_chunk(plan, 0, 150) == 100  # resumed with 50 generated tokens
+    assert bounded_chunk(plan, 0, 99) == 98
+    assert bounded_chunk(plan, 64, 36) == 36
+    assert bounded_chunk(plan, 98, 1) == 0  # waits for a step with room for two
+    assert bounded_chunk(plan, 100, 7) == 7
+    for size in range(2, 12):
+        computed, chunks = 0, []
+        while computed < plan.end:
+            chunks.append(bounded_chunk(plan, computed, size))
+            computed += chunks[-1]
+        assert computed == plan.end
+        assert chunks[-1] >= 2
+
+
+@pytest.mark.parametrize("isa", ["vec", "vec16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reads_and_writes_the_packed_cpu_cache(dtype: torch.dtype, isa: str) -> None:
+    """What vLLM's kernel wrote is read back; what is written lands in the right slots."""
+    from vllm import _custom_ops as ops
+
+    from vllm_acckv.engine.cpu_attention import CPUPagedKV
+
+    heads, block, width = 2, 32, 64
+
+    class Impl:
+        def do_kv_cache_update(self, layer, key, value, cache, slots):
+            view = cache.view(len(cache), heads, block * 2, -1)
+            halves = view.chunk(2, dim=2)
+            ops.cpu_attn_reshape_and_cache(
+                key, value, *halves, slots, layer.isa, k_scale=1.0, v_scale=1.0,
+                kv_cache_dtype="auto",
+            )  # fmt: skip
+
+    impl, layer = Impl(), SimpleNamespace(isa=isa)
+    cache = torch.zeros(9, heads, block, 2 * width, dtype=dtype)
+    table = torch.tensor([5, 2, 7], dtype=torch.int32)
+    length = 70
+    key = torch.randn(length, heads, width).to(dtype)
+    value = torch.randn(length, heads, width).to(dtype)
+    position = torch.arange(length)
+    slots = table.long()[position // block] * block + position % block
+    impl.do_kv_cache_update(layer, key, value, cache, slots)
+    paged = CPUPagedKV(impl, layer, cache, table)
+    read_key, read_value = paged.read(length)
+    assert torch.equal(read_key, key.movedim(0, 1))
+    assert torch.equal(read_value, value.movedim(0, 1))
+    paged.write(40, read_key[:, :20], read_value[:, :20])
+    again_key, again_value = paged.read(length)
+    assert torch.equal(again_key[:, 40:60], read_key[:, :20])
+    assert torch.equal(again_value[:, 40:60], read_value[:, :20])
+    assert torch.equal(again_key[:, :40], read_key[:, :40])
+    assert torch.equal(again_value[:, 60:], read_value[:, 60:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_angles_are_vllms(interleaved: bool) -> None:
+    """Rotating by our angles equals vLLM's own M-RoPE forward."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
+
+    from vllm_acckv.engine.rotary import RotaryAngles
+
+    with set_current_vllm_config(VllmConfig()):
+        rotary = MRotaryEmbedding(
+            64, 64, 512, 10000.0, True, torch.float32,
+            mrope_section=[12, 10, 10], mrope_interleaved=interleaved,
+        )  # fmt: skip
+        positions = torch.randint(0, 400, (3, 11))
+        key = torch.randn(11, 64)
+        expected = rotary.forward_native(positions, key.clone(), key.clone())[1]
+    rotated = rotate(key, RotaryAngles(rotary)(positions))
+    torch.testing.assert_close(rotated, expected, atol=5e-5, rtol=1e-4)
+
+
+def test_other_rotary_layouts_are_refused() -> None:
+    from vllm_acckv.engine.rotary import RotaryAngles
+
+    with pytest.raises(KVPolicyError, match=r"merge_space=pre_rope .* NoneType"):
+        RotaryAngles(None)

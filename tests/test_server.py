@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve --kv-policy``: good and bad requests, counters, log, and refusals to start."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.conftest import Media
+from vllm_acckv.tools import clips
+from vllm_acckv.tools.demo import COMPACTIONS, FINISHED, FREED_BLOCKS, SKIPPED, TOKENS
+from vllm_acckv.tools.server import ENVIRONMENT, Metrics, Server
+
+USAGE = "vllm:kv_cache_usage_perc"
+RUNNING = "vllm:num_requests_running"
+SECONDS = 12
+QUESTION = {"type": "text", "text": "What happens in the clip?"}
+AUDIO_IN_VIDEO = {"mm_processor_kwargs": {"use_audio_in_video": True}}
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoint: Path, media: Media, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with Server(checkpoint, "--kv-policy", "acckv", media=media.folder, log=log) as running:
+        yield running
+
+
+def ask(server: Server, content: list[dict[str, Any]], body: dict[str, Any], **options: Any) -> Any:
+    """A completion, or with ``stream=True`` its chunks as they come."""
+    options = {"max_tokens": 12, "temperature": 0, **options}
+    return server.client().chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": content}],  # type: ignore[misc, list-item]
+        extra_body={"return_token_ids": True, "ignore_eos": True, **body},
+        **options,
+    )
+
+
+def clip_request(media: Media, layout: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Content and further body fields of a question about sound and pictures."""
+    if layout == "separate":
+        parts = [media.video(seconds=SECONDS, sound=False), media.audio(seconds=SECONDS)]
+        return [*parts, QUESTION], {}
+    return [media.video(seconds=SECONDS), QUESTION], AUDIO_IN_VIDEO
+
+
+def after_one_more(server: Server, before: Metrics, counter: str) -> Metrics:
+    """The metrics when a further request is finished, counted by ``counter`` and gone."""
+    return server.wait_for_metrics(
+        lambda now: (
+            now.value(FINISHED) == before.value(FINISHED) + 1
+            and now.value(counter) == before.value(counter) + 1
+            and now.value(RUNNING) == 0
+        ),
+        f"{counter} to count one more request",
+    )
+
+
+def policy_lines(server: Server, request_id: str) -> list[str]:
+    """The lines that the log has for a request; waits for the first."""
+    mark = f"KV policy: request {request_id}"
+    server.wait_until(lambda: mark in server.log.read_text(), f"a log line of {request_id}")
+    return [line for line in server.log.read_text().splitlines() if mark in line]
+
+
+def placeholders(checkpoint: Path, prompt: list[int]) -> dict[str, int]:
+    """Audio-video tokens of a prompt, by modality."""
+    config = json.loads((checkpoint / "config.json").read_text())["thinker_config"]
+    return {name: prompt.count(config[f"{name}_token_index"]) for name in ("video", "audio")}
+
+
+def assert_compacted(
+    before: Metrics, after: Metrics, tokens: dict[str, int], lines: list[str]
+) -> None:
+    """Counters and log say that one prompt with ``tokens`` was compacted."""
+
+    def difference(name: str, **labels: str) -> float:
+        return after.value(name, **labels) - before.value(name, **labels)
+
+    for modality, count in tokens.items():
+        assert count > 0
+        assert difference(TOKENS, modality=modality) == pytest.approx(count)
+    kept, total = difference(TOKENS, fate="kept"), sum(tokens.values())
+    assert 0 < kept < total
+    assert difference(TOKENS, fate="evicted") > 0
+    assert difference("vllm:kv_policy_seconds_total") > 0
+    freed = difference(FREED_BLOCKS)
+    assert freed > 0
+    assert difference(SKIPPED) == 0
+    assert after.value(USAGE) == before.value(USAGE)
+    assert len(lines) == 1
+    assert f"freed {freed:.0f} of " in lines[0]
+
+
+@pytest.mark.parametrize("layout", ["separate", "interleaved"])
+def test_clip_is_compacted(server: Server, media: Media, checkpoint: Path, layout: str) -> None:
+    content, body = clip_request(media, layout)
+    before = server.metrics()
+    completion = ask(server, content, body)
+    assert completion.usage.completion_tokens == 12
+    after = after_one_more(server, before, COMPACTIONS)
+    tokens = placeholders(checkpoint, completion.prompt_token_ids)
+    assert_compacted(before, after, tokens, policy_lines(server, completion.id))
+
+
+def test_streamed_clip_is_compacted(server: Server, media: Media, checkpoint: Path) -> None:
+    content, body = clip_request(media, "separate")
+    before = server.metrics()
+    chunks = list(ask(server, content, body, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage.completion_tokens == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert len(chunks) > 3
+    after = after_one_more(server, before, COMPACTIONS)
+    tokens = placeholders(checkpoint, chunks[0].prompt_token_ids)
+    assert_compacted(before, after, tokens, policy_lines(server, chunks[0].id))
+
+
+@pytest.mark.parametrize(
+    ("layout", "xargs", "reason"),
+    [(None, {}, "no audio or video"), ("separate", {"kv_policy": "full"}, "policy full")],
+)
+def test_request_without_compaction(
+    server: Server, media: Media, layout: str | None, xargs: dict[str, str], reason: str
+) -> None:
+    content, body = clip_request(media, layout) if layout else ([QUESTION], {})
+    before = server.metrics()
+    completion = ask(server, content, {**body, "vllm_xargs": xargs})
+    after = after_one_more(server, before, SKIPPED)
+    assert after.value(SKIPPED, reason=reason) == before.value(SKIPPED, reason=reason) + 1
+    assert after.value(COMPACTIONS) == before.value(COMPACTIONS)
+    (line,) = policy_lines(server, completion.id)
+    assert f"kept all ({reason})" in line
+
+
+def bad_media(media: Media, what: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    path = media.folder / f"{what.replace(' ', '-')}"
+    part = {"type": "video_url", "video_url": {"url": path.as_uri()}}
+    if what == "corrupt mp4":
+        path.write_bytes(b"\x00\x01 these bytes are no movie" * 99)
+    elif what == "half an mp4":
+        whole = clips.make_clip(path, seconds=2).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif what == "silent mp4":
+        return [media.video(sound=False), QUESTION], AUDIO_IN_VIDEO
+    else:
+        clips.make_wav(path, seconds=1)
+        header = 44
+        path.write_bytes(path.read_bytes()[:40] + bytes(4) if what == "empty wav" else b"")
+        assert path.stat().st_size == (header if what == "empty wav" else 0)
+        part = {"type": "audio_url", "audio_url": {"url": path.as_uri()}}
+    return [part, QUESTION], {}
+
+
+def assert_refused(
+    server: Server, content: list[dict[str, Any]], body: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    """HTTP 400 with one line that has all ``parts``; then all is as before."""
+    before = server.metrics()
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(server, content, body)
+    message = caught.value.body["message"]  # type: ignore[index, call-overload]
+    assert caught.value.status_code == 400, message
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+    ask(server, [QUESTION], {})
+    after = after_one_more(server, before, SKIPPED)
+    assert after.value(COMPACTIONS) == before.value(COMPACTIONS)
+    assert after.value(USAGE) == before.value(USAGE)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("corrupt mp4", "Could not open video stream"),
+        ("half an mp4", "Could not open video stream"),
+        ("silent mp4", "No audio stream found"),
+        ("empty wav", "too short"),
+        ("no wav", "Invalid or corrupted audio data"),
+    ],
+)
+def test_bad_media_gets_400(server: Server, media: Media, what: str, message: str) -> None:
+    content, body = bad_media(media, what)
+    assert_refused(server, content, body, (message,))
+
+
+BUDGET_RANGE = "a ratio in (0, 1] or a whole number above 1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [
+        ("kv_policy", "nope", ("'nope'", "acckv, full")),
+        ("kv_budget", 0, ("is 0;", BUDGET_RANGE)),
+        ("kv_budget", -1, ("is -1;", BUDGET_RANGE)),
+        ("kv_budget", 1.5, ("is 1.5;", BUDGET_RANGE)),
+        ("kv_budget", "abc", ("'abc'", BUDGET_RANGE)),
+        ("kv_tau", 2, ("is 2;", "[-1, 1]")),
+        ("kv_budgets", 0.5, ("'kv_budgets'", "kv_policy, kv_budget, kv_tau")),
+    ],
+)
+def test_bad_setting_gets_400(
+    server: Server, media: Media, key: str, value: Any, parts: tuple[str, ...]
+) -> None:
+    content, body = clip_request(media, "separate")
+    assert_refused(server, content, {**body, "vllm_xargs": {key: value}}, parts)
+
+
+def test_client_that_goes_away(server: Server, media: Media) -> None:
+    content, body = clip_request(media, "interleaved")
+    before = server.metrics()
+    stream = ask(server, content, body, stream=True, max_tokens=3000)
+    for _, chunk in zip(range(4), stream, strict=False):
+        request_id = chunk.id
+    server.wait_for_metrics(lambda now: now.value(USAGE) > before.value(USAGE), "a used block")
+    stream.close()
+    after = server.wait_for_metrics(
+        lambda now: now.value(RUNNING) == 0 and now.value(USAGE) == before.value(USAGE),
+        "the blocks of the aborted request",
+    )
+    assert after.value(COMPACTIONS) == before.value(COMPACTIONS) + 1
+    (line,) = policy_lines(server, request_id)
+    assert "per layer: video kept" in line
+
+
+# Refusals to start
+
+POLICY = ("--kv-policy", "acckv")
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
+CONNECTOR = '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'
+REFUSED_FLAGS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("--kv-policy", "nope"): ("--kv-policy is 'nope'", "acckv, full"),
+    ("--kv-budget", "0"): ("--kv-budget is '0'", BUDGET_RANGE),
+    ("--kv-budget", "-1"): ("--kv-budget is '-1'", BUDGET_RANGE),
+    ("--kv-budget", "1.5"): ("--kv-budget is '1.5'", BUDGET_RANGE),
+    ("--kv-budget", "abc"): ("--kv-budget is 'abc'", BUDGET_RANGE),
+    ("--kv-tau", "2"): ("--kv-tau is '2'", "[-1, 1]"),
+    ("--kv-policy-config", '{"head_mode": "x"}'): ("head_mode is 'x'", "layer, head"),
+    ("--kv-policy-config", '{"head'): ("--kv-policy-config is", "JSON object"),
+    ("--kv-budget", "0.2"): ("--kv-budget", "need --kv-policy"),
+    (*POLICY, "--kv-budget", "0.2", "--kv-policy-config", '{"budget": 0.3}'): (
+        "--kv-budget is 0.2",
+        "budget=0.3",
+    ),
+    (*POLICY, "--additional-config", '{"kv_policy": "acckv"}'): ("--additional-config",),
+    (*POLICY, "--kv-cache-dtype", "fp8"): (*POLICY, "--kv-cache-dtype fp8"),
+    (*POLICY, "--speculative-config", NGRAM): (*POLICY, "--speculative-config"),
+    (*POLICY, "--kv-transfer-config", CONNECTOR): (*POLICY, "--kv-transfer-config"),
+}
+
+DECODER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+}
+# Architecture -> fields of its config.json (with those above) and why it is refused.
+REFUSED_MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "Qwen2ForCausalLM": ({"model_type": "qwen2"}, "it takes neither audio nor video"),
+    "WhisperForConditionalGeneration": (
+        {"model_type": "whisper", "d_model": 64, "max_target_positions": 64},
+        "it is an encoder-decoder model",
+    ),
+    "DeepseekV2ForCausalLM": (
+        {"model_type": "deepseek_v2", "kv_lora_rank": 32, "q_lora_rank": None},
+        "multi-head latent attention",
+    ),
+    "JambaForCausalLM": ({"model_type": "jamba"}, "hybrid of attention and state-space layers"),
+    "MambaForCausalLM": ({"model_type": "mamba", "state_size": 16}, "no attention layers"),
+    "MistralForCausalLM": (
+        {"model_type": "mistral", "sliding_window": 64, "head_dim": 32},
+        "sliding-window attention",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a ``vllm serve`` ended."""
+
+    exit_code: int | None
+    output: str
+
+
+class Forks:
+    """Runs ``vllm serve`` in forks of one process that has imported vLLM already.
+
+    Nearly all of the ten seconds that a refusal takes are imports.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["vllm.entrypoints.cli.serve"])
+
+    def run(self, arguments: tuple[str, ...]) -> Ending:
+        output = self._folder / f"{abs(hash(arguments))}.txt"
+        process = self._context.Process(target=_vllm_serve, args=(arguments, output))
+        process.start()
+        process.join(120)
+        process.kill()
+        return Ending(process.exitcode, output.read_text())
+
+
+def _vllm_serve(arguments: tuple[str, ...], output: Path) -> None:
+    target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(target, sys.stdout.fileno())
+    os.dup2(target, sys.stderr.fileno())
+    os.environ.update(ENVIRONMENT)
+    sys.argv = ["vllm", "serve", *arguments]
+    from vllm.entrypoints.cli.main import main
+
+    main()
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Forks:
+    return Forks(tmp_path_factory.mktemp("forks"))
+
+
+def assert_refusal(ending: Ending, parts: tuple[str, ...]) -> None:
+    """Not exit code 0, no traceback, and a last line with all ``parts``."""
+    assert ending.exit_code not in (0, None)
+    assert "Traceback" not in ending.output
+    sentence = ending.output.splitlines()[-1]
+    assert "error: " in sentence
+    assert all(part in sentence for part in parts), sentence
+
+
+@pytest.mark.parametrize("flags", REFUSED_FLAGS, ids=" ".join)
+def test_flags_are_refused(forks: Forks, checkpoint: Path, flags: tuple[str, ...]) -> None:
+    assert_refusal(forks.run((str(checkpoint), *flags)), REFUSED_FLAGS[flags])
+
+
+@pytest.fixture(scope="module")
+def refused_models(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ending]:
+    """Two at a time: vLLM inspects each model class in a process of its own."""
+
+    def serve(architecture: str) -> Ending:
+        folder = tmp_path_factory.mktemp(architecture)
+        fields, _ = REFUSED_MODELS[architecture]
+        config = {"architectures": [architecture], **DECODER, **fields}
+        (folder / "config.json").write_text(json.dumps(config))
+        return forks.run((str(folder), *POLICY, "--skip-tokenizer-init"))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(REFUSED_MODELS, pool.map(serve, REFUSED_MODELS), strict=True))
+
+
+@pytest.mark.parametrize("architecture", REFUSED_MODELS)
+def test_models_are_refused(refused_models: dict[str, Ending], architecture: str) -> None:
+    _, why = REFUSED_MODELS[architecture]
+    assert_refusal(refused_models[architecture], (*POLICY, architecture, why))
+
+
+def test_command_itself_refuses(checkpoint: Path) -> None:
+    command = (str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint))
+    cases = [("--kv-budget", "0"), (*POLICY, "--kv-cache-dtype", "fp8")]
+
+    def serve(flags: tuple[str, ...]) -> Ending:
+        ended = subprocess.run(
+            [*command, *flags],
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        return Ending(ended.returncode, ended.stdout)
+
+    with ThreadPoolExecutor(2) as pool:
+        for flags, ending in zip(cases, pool.map(serve, cases), strict=True):
+            assert_refusal(ending, REFUSED_FLAGS[flags])
+
+
+@pytest.mark.parametrize("topic", ["kv", "KVPolicy"])
+def test_help_shows_the_flags(forks: Forks, topic: str) -> None:
+    ending = forks.run((f"--help={topic}",))
+    assert ending.exit_code == 0
+    for flag in ("--kv-policy", "--kv-budget", "--kv-tau", "--kv-policy-config"):
+        assert f"  {flag} " in ending.output
