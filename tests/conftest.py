@@ -111,22 +111,23 @@ def stock(start_engine: Callable[..., Engine]) -> Engine:
     return start_engine(WITHOUT_PLUGIN)
 
 
-@pytest.fixture(scope="session")
-def acckv(start_engine: Callable[..., Engine]) -> Engine:
-    """Model runner V1, prompts in one chunk. Requests choose their own budget and tau."""
-    return start_engine(additional_config={"kv_policy": "acckv"})
+RUNNERS: dict[str, dict[str, str]] = {"V1": {}, "V2": RUNNER_V2}
 
 
-@pytest.fixture(scope="session")
-def acckv_chunked(start_engine: Callable[..., Engine]) -> Engine:
-    """Model runner V1, prompts in chunks of 64 tokens."""
-    return start_engine(additional_config={"kv_policy": "acckv"}, max_num_batched_tokens=64)
+@pytest.fixture(scope="session", params=RUNNERS)
+def acckv(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Engine:
+    """Prompts in one chunk, on both model runners. Requests choose their own budget and tau."""
+    return start_engine(RUNNERS[request.param], additional_config={"kv_policy": "acckv"})
 
 
-@pytest.fixture(scope="session")
-def acckv_v2(start_engine: Callable[..., Engine]) -> Engine:
-    """Model runner V2 in Triton's interpreter."""
-    return start_engine(RUNNER_V2, additional_config={"kv_policy": "acckv"})
+@pytest.fixture(scope="session", params=RUNNERS)
+def acckv_chunked(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Engine:
+    """Prompts in chunks of 64 tokens, on both model runners."""
+    return start_engine(
+        RUNNERS[request.param],
+        additional_config={"kv_policy": "acckv"},
+        max_num_batched_tokens=64,
+    )
 
 
 class Reference:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.conftest import LONG_QUESTION, Media, Reference
+from tests.conftest import LONG_QUESTION, RUNNERS, Media, Reference
 from tests.engines import Ask, Engine, Trace
 
 LAYOUTS = ["separate", "interleaved", "two_separate", "two_interleaved"]
@@ -97,35 +97,32 @@ def test_every_option(acckv: Engine, media: Media, reference: Reference, layout:
 
 @pytest.mark.parametrize("layout", ["separate", "interleaved"])
 def test_similarity_before_rotary_embedding(
-    acckv: Engine, acckv_v2: Engine, media: Media, reference: Reference, layout: str
+    acckv: Engine, media: Media, reference: Reference, layout: str
 ) -> None:
     """Kept sets equal those of the naive filter on keys that transformers un-rotated."""
     config = {"tau_mode": "absolute_pre_rope", "merge_space": "pre_rope", "tau": 0.2}
     ask = getattr(media, layout)(xargs={"kv_policy_config": config})
     expected = reference.selections_before_rope(ask, 0.2, tau=0.2)
     post = acckv.run(getattr(media, layout)(xargs={"kv_tau": 0.2}))
-    runs = [acckv.run(ask), acckv_v2.run(ask)]
-    for trace in runs:
-        layers = list(trace.kept["r0"].values())
-        assert [layer["tokens"] for layer in layers] == [one.kept for one in expected]
-        assert layers != list(post.kept["r0"].values())
-    assert np.abs(runs[0].answers[0].logprobs - runs[1].answers[0].logprobs).max() < 1e-3
+    layers = list(acckv.run(ask).kept["r0"].values())
+    assert [layer["tokens"] for layer in layers] == [one.kept for one in expected]
+    assert layers != list(post.kept["r0"].values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compress_before_the_last_prompt_token(
-    acckv: Engine, acckv_chunked: Engine, media: Media, reference: Reference, layout: str
+    acckv_chunked: Engine, media: Media, reference: Reference, layout: str
 ) -> None:
     """Hazard 19: here even the first answer token depends on what was kept."""
     config = {"compress_before_last_token": True}
     ask = getattr(media, layout)(question=LONG_QUESTION, xargs={"kv_policy_config": config})
-    for engine in (acckv, acckv_chunked):
-        trace = engine.run(ask)
-        (answer,) = trace.answers
-        _, expected = reference.answer(ask, 0.2, answer.tokens, hold_back=1, tau=0.6)
-        assert expected.active
-        assert np.abs(answer.logprobs - expected.logprobs[1:].numpy()).max() < 1e-3
-    full = acckv.answer(getattr(media, layout)(question=LONG_QUESTION, xargs={"kv_policy": "full"}))
+    (answer,) = acckv_chunked.run(ask).answers
+    _, expected = reference.answer(ask, 0.2, answer.tokens, hold_back=1, tau=0.6)
+    assert expected.active
+    assert np.abs(answer.logprobs - expected.logprobs[1:].numpy()).max() < 1e-3
+    full = acckv_chunked.answer(
+        getattr(media, layout)(question=LONG_QUESTION, xargs={"kv_policy": "full"})
+    )
     assert np.abs(answer.logprobs[0] - full.logprobs[0]).max() > 1e-2
 
 
@@ -148,11 +145,10 @@ def test_hazard_11_tensor_parallel_ranks_agree(
         assert np.abs(answer.logprobs - expected.logprobs.numpy()).max() < 1e-3, number
 
 
-def test_model_runner_v2(acckv_v2: Engine, media: Media, reference: Reference) -> None:
-    assert "vllm.v1.worker.gpu.model_runner" in acckv_v2.call("runner")
-    requests = [
-        ask
-        for layout in LAYOUTS
-        for ask in asks(media, layout, "What happens in the clip?", [(0.2, 0.6), (0.5, -1.0)])
-    ]
-    assert_matches(acckv_v2.run(*requests), requests, reference)
+def test_the_runners_are_v1_and_v2(start_engine: Callable[..., Engine]) -> None:
+    modules = {
+        name: start_engine(environment, additional_config={"kv_policy": "acckv"}).call("runner")
+        for name, environment in RUNNERS.items()
+    }
+    assert "vllm.v1.worker.gpu_model_runner" in modules["V1"]
+    assert "vllm.v1.worker.gpu.model_runner" in modules["V2"]

@@ -15,6 +15,7 @@ import torch
 from vllm_acckv.config import KVPolicyConfig, KVPolicyError
 from vllm_acckv.engine import compat
 from vllm_acckv.engine.blocks import bounded_chunk
+from vllm_acckv.engine.front_end import check_request
 from vllm_acckv.plan import make_plan
 from vllm_acckv.policies.rotary import rotate
 from vllm_acckv.spans import TEXT, VIDEO
@@ -101,6 +102,13 @@ def test_chunks_end_at_the_compaction_point() -> None:
             computed += chunks[-1]
         assert computed == plan.end
         assert chunks[-1] >= 2
+
+
+def test_streaming_input_is_refused() -> None:
+    check_request(KVPolicyConfig(), None, resumable=False)
+    check_request(KVPolicyConfig(policy="full"), None, resumable=True)
+    with pytest.raises(KVPolicyError, match="Streaming input does not work with --kv-policy acckv"):
+        check_request(KVPolicyConfig(), None, resumable=True)
 
 
 @pytest.mark.parametrize("isa", ["vec", "vec16"])

@@ -6,20 +6,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm_acckv.config import KVPolicyConfig, KVPolicyError
 from vllm_acckv.engine import compat, flags
 
 
 def install() -> None:
-    """Wrap the validation of request parameters."""
-    compat.wrap("_validate_params", _with_policy_check)
+    """Wrap the processing of new requests."""
+    compat.wrap("process_inputs", _with_policy_check)
+
+
+def check_request(policy: KVPolicyConfig, params: Any, resumable: bool) -> None:
+    """Refuse a request that the KV policy cannot serve.
+
+    Raises:
+        KVPolicyError: a ValueError, which the API server answers with status 400.
+    """
+    policy = policy.for_request(getattr(params, "extra_args", None))
+    if resumable and policy.policy != "full":
+        raise KVPolicyError(
+            f"Streaming input does not work with --kv-policy {policy.policy}, because the prompt "
+            "is not complete when it is compressed; send it at once or set kv_policy to full."
+        )
 
 
 def _with_policy_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         policy = flags.requested(self.vllm_config.additional_config)
         if policy is not None:
-            # A KVPolicyError is a ValueError, which the API server answers with 400.
-            policy.for_request(getattr(params, "extra_args", None))
-        return original(self, params, supported_tasks)
+            check_request(policy, params, kwargs.get("resumable", False))
+        return original(self, request_id, prompt, params, *args, **kwargs)
 
-    return _validate_params
+    return process_inputs
