@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"})
@@ -16,7 +17,7 @@ from vllm_acckv import cpu_media
 
 cpu_media.fix()
 
-from tests.engines import RUNNER_V2, WITHOUT_PLUGIN, Ask, Engine  # noqa: E402
+from tests.engines import RUNNER_V2, WITHOUT_PLUGIN, Answer, Ask, Engine  # noqa: E402
 from vllm_acckv.tools import clips, tiny_model  # noqa: E402
 
 BLOCK_SIZE = 32
@@ -115,19 +116,38 @@ RUNNERS: dict[str, dict[str, str]] = {"V1": {}, "V2": RUNNER_V2}
 
 
 @pytest.fixture(scope="session", params=RUNNERS)
-def acckv(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Engine:
-    """Prompts in one chunk, on both model runners. Requests choose their own budget and tau."""
-    return start_engine(RUNNERS[request.param], additional_config={"kv_policy": "acckv"})
+def runner(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Environment that chooses a model runner; a test with an engine runs on both."""
+    return RUNNERS[request.param]
 
 
-@pytest.fixture(scope="session", params=RUNNERS)
-def acckv_chunked(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Engine:
-    """Prompts in chunks of 64 tokens, on both model runners."""
-    return start_engine(
-        RUNNERS[request.param],
-        additional_config={"kv_policy": "acckv"},
-        max_num_batched_tokens=64,
-    )
+@pytest.fixture(scope="session")
+def acckv(runner: dict[str, str], start_engine: Callable[..., Engine]) -> Engine:
+    """Prompts in one chunk. Requests choose their own budget and tau."""
+    return start_engine(runner, additional_config={"kv_policy": "acckv"})
+
+
+@pytest.fixture(scope="session")
+def acckv_chunked(runner: dict[str, str], start_engine: Callable[..., Engine]) -> Engine:
+    """Prompts in chunks of 64 tokens."""
+    return start_engine(runner, additional_config={"kv_policy": "acckv"}, max_num_batched_tokens=64)
+
+
+_differences: list[float] = []
+
+
+def difference(answer: Answer, logprobs: Any) -> float:
+    """Largest difference of log-probability over the vocabulary and the answer's tokens."""
+    _differences.append(float(np.abs(answer.logprobs - np.asarray(logprobs)).max()))
+    return _differences[-1]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _differences:
+        terminalreporter.write_line(
+            f"largest difference of log-probability to transformers: {max(_differences):.1e} "
+            f"over {len(_differences)} requests"
+        )
 
 
 class Reference:

@@ -79,9 +79,10 @@ class Engine:
     """A vLLM engine in a child process."""
 
     def __init__(self, model: Path, environment: dict[str, str] | None = None, **options: Any):
+        self.environment = environment or {}
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        settings = {**BASE_ENVIRONMENT, **(environment or {})}
+        settings = {**BASE_ENVIRONMENT, **self.environment}
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
         try:
@@ -120,7 +121,14 @@ class Engine:
     def answer(self, ask: Ask) -> Answer:
         return self.run(ask).answers[0]
 
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """End the process; a second call does nothing."""
         self._pipe.close()
         self._process.join(timeout=20)
         if self._process.is_alive():
@@ -168,6 +176,7 @@ class _Host:
             "max_model_len": 8192,
             "block_size": 32,
             "max_num_seqs": 16,
+            "num_gpu_blocks_override": 2000,
             "max_logprobs": -1,
             "allowed_local_media_path": "/",
             "limit_mm_per_prompt": {"video": 4, "audio": 4, "image": 0},
@@ -279,11 +288,14 @@ class _Host:
 
 
 def _disable(target: str) -> None:
-    """Make ``module:function`` do nothing, as if somebody else had undone it."""
+    """Make ``module:path`` do nothing but return its argument, as if somebody had undone it."""
     import importlib
 
-    module, _, function = target.partition(":")
-    setattr(importlib.import_module(module), function, lambda *args: None)
+    module, _, path = target.partition(":")
+    owner_name, _, name = path.rpartition(".")
+    owner: Any = importlib.import_module(module)
+    owner = getattr(owner, owner_name) if owner_name else owner
+    setattr(owner, name, staticmethod(lambda *args: args[-1] if args else None))
 
 
 def _by_name(by_id: dict[str, Any]) -> dict[str, Any]:

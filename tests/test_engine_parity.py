@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.conftest import LONG_QUESTION, RUNNERS, Media, Reference
+from tests.conftest import LONG_QUESTION, RUNNERS, Media, Reference, difference
 from tests.engines import Ask, Engine, Trace
 
 LAYOUTS = ["separate", "interleaved", "two_separate", "two_interleaved"]
@@ -30,8 +31,9 @@ def assert_matches(trace: Trace, requests: list[Ask], reference: Reference, **op
         tau = ask.xargs.get("kv_tau", 0.6)
         prompt, expected = reference.answer(ask, budget, answer.tokens, tau=tau, **options)
         assert answer.prompt == prompt
-        difference = np.abs(answer.logprobs - expected.logprobs.numpy()).max()
-        assert difference < 1e-3, f"request {number}: budget {budget}, tau {tau}"
+        assert difference(answer, expected.logprobs) < 1e-3, (
+            f"request {number}: budget {budget}, tau {tau}"
+        )
         assert answer.tokens == expected.logprobs.argmax(-1).tolist()
         kept = trace.kept.get(f"r{number}", {})
         assert bool(kept) == expected.active
@@ -88,8 +90,7 @@ def test_every_option(acckv: Engine, media: Media, reference: Reference, layout:
         answer = trace.answers[number]
         _, expected = reference.answer(requests[number], 0.3, answer.tokens, **options)
         assert expected.active
-        difference = np.abs(answer.logprobs - expected.logprobs.numpy()).max()
-        assert difference < 1e-3, list(VARIANTS)[number]
+        assert difference(answer, expected.logprobs) < 1e-3, list(VARIANTS)[number]
         kept = trace.kept[f"r{number}"].values()
         for layer, selection in zip(kept, expected.selections, strict=True):
             assert layer["tokens"] == selection.kept
@@ -119,7 +120,7 @@ def test_compress_before_the_last_prompt_token(
     (answer,) = acckv_chunked.run(ask).answers
     _, expected = reference.answer(ask, 0.2, answer.tokens, hold_back=1, tau=0.6)
     assert expected.active
-    assert np.abs(answer.logprobs - expected.logprobs[1:].numpy()).max() < 1e-3
+    assert difference(answer, expected.logprobs[1:]) < 1e-3
     full = acckv_chunked.answer(
         getattr(media, layout)(question=LONG_QUESTION, xargs={"kv_policy": "full"})
     )
@@ -127,22 +128,27 @@ def test_compress_before_the_last_prompt_token(
 
 
 def test_hazard_11_tensor_parallel_ranks_agree(
-    start_engine: Callable[..., Engine], media: Media, reference: Reference
+    checkpoint: Path, media: Media, reference: Reference
 ) -> None:
     """Each rank holds half of the heads; scores, similarities and counts are shared."""
-    engine = start_engine(
+    ragged = {"head_mode": "head", "tau": 0.2}
+    requests = [
+        getattr(media, layout)(xargs={"kv_budget": 0.3, "kv_policy_config": options})
+        for layout in ("separate", "two_interleaved")
+        for options in ({"tau": -1.0}, {"tau": 0.2}, ragged)
+    ]
+    with Engine(
+        checkpoint,
         {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         additional_config={"kv_policy": "acckv"},
         tensor_parallel_size=2,
-    )
-    pairs = [(0.5, 0.6), (0.2, -1.0), (0.2, 0.6)]
-    requests = asks(media, "separate", "What happens in the clip?", pairs)
-    requests += asks(media, "two_interleaved", "What happens in the clip?", pairs)
-    trace = engine.run(*requests)
+    ) as engine:
+        trace = engine.run(*requests)
     for number, (ask, answer) in enumerate(zip(requests, trace.answers, strict=True)):
-        budget, tau = ask.xargs["kv_budget"], ask.xargs["kv_tau"]
-        _, expected = reference.answer(ask, budget, answer.tokens, tau=tau)
-        assert np.abs(answer.logprobs - expected.logprobs.numpy()).max() < 1e-3, number
+        options = ask.xargs["kv_policy_config"]
+        _, expected = reference.answer(ask, 0.3, answer.tokens, **options)
+        assert expected.active
+        assert difference(answer, expected.logprobs) < 1e-3, number
 
 
 def test_the_runners_are_v1_and_v2(start_engine: Callable[..., Engine]) -> None:

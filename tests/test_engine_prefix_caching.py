@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.conftest import BLOCK_SIZE, LONG_QUESTION, Media, Reference
+from tests.conftest import BLOCK_SIZE, LONG_QUESTION, Media, Reference, difference
 from tests.engines import Ask, Engine, Trace
 from tests.reference import naive_acckv
 
@@ -36,7 +36,7 @@ def assert_reference(trace: Trace, reference: Reference, *asks: Ask) -> None:
     for answer, ask in zip(trace.answers, asks, strict=True):
         budget = ask.xargs.get("kv_budget", 0.2)
         _, expected = reference.answer(ask, budget, answer.tokens, tau=0.6)
-        assert np.abs(answer.logprobs - expected.logprobs.numpy()).max() < 1e-3
+        assert difference(answer, expected.logprobs) < 1e-3
 
 
 def test_hazard_5_shared_blocks_are_not_overwritten(

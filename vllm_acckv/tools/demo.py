@@ -160,7 +160,7 @@ def _table(outcomes: dict[str, Outcome], policy: KVPolicyConfig) -> Table:
     table = Table(title=f"{policy.policy}, budget {policy.budget:g}, tau {policy.tau:g}")
     table.add_column()
     for title in outcomes:
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
 
     def row(name: str, *cells: str) -> None:
         # Text: the answers may hold what rich would take for markup.
