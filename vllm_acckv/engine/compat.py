@@ -205,3 +205,9 @@ def _changed(point: TouchPoint, what: str) -> str:
         f"vLLM {vllm.__version__} changed {point.target}: {what}. vllm-acckv {__version__} needs "
         f"vllm{SUPPORTED_VLLM}."
     )
+
+
+if __name__ == "__main__":
+    for touch_point in TOUCH_POINTS.values():
+        print(f"{touch_point.target}\n  why: {touch_point.reason}")
+        print(f"  gone when: {touch_point.removal}\n")
