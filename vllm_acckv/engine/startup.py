@@ -54,8 +54,14 @@ def prepare(engine_args: Any, policy: KVPolicyConfig) -> None:
         IncompatibleVLLMError: for a vLLM that this package does not know.
     """
     from vllm.config import KVTransferConfig
+    from vllm.platforms import current_platform
 
     compat.check_version()
+    if not current_platform.is_cpu():
+        raise KVPolicyError(
+            f"--kv-policy {policy.policy} runs on vLLM's CPU backend only so far, and this is "
+            f"{current_platform.device_name}; serve without a KV policy."
+        )
     transfer = engine_args.kv_transfer_config
     if engine_args.kv_offloading_size or (transfer and transfer.kv_connector != CONNECTOR):
         raise KVPolicyError(_clash(policy, "KV transfer and offloading (--kv-transfer-config)"))
