@@ -73,7 +73,7 @@ def run(llm: LLM, prompt: Any, count: int, xargs: dict[str, Any]) -> dict[str, f
         "prefill of all requests (s)": prefill,
         "decode step (s)": statistics.median(decode),
         "blocks, peak": max(held),
-        "blocks, last step": held[-1],
+        "blocks, last request at its end": held[-1],
     }
 
 

@@ -43,7 +43,8 @@ class Request:
 class Outcome:
     """What the server says of a request answered with the full cache and under its policy.
 
-    Token counts are by modality ("video", "audio") and means over layers and KV heads.
+    Token counts are by modality ("video", "audio") and means over layers and KV heads; all are 0
+    for a request that the policy left alone, because its clips fit into the budget.
     """
 
     full_answer: str
@@ -73,8 +74,8 @@ def run(output: Path, budget: float, tau: float, port: int, console: Console) ->
         sound = clips.make_wav(output / "clip.wav", seconds=CLIP_SECONDS)
     flags = [
         *("--kv-policy", policy.policy),
-        *("--kv-budget", f"{policy.budget:g}"),
-        *("--kv-tau", f"{policy.tau:g}"),
+        *("--kv-budget", str(policy.budget)),
+        *("--kv-tau", str(policy.tau)),
     ]
     log = output / "server.log"
     server = Server(model, *flags, media=output, log=log, port=port)
@@ -97,9 +98,9 @@ def ask(server: Server, request: Request) -> Outcome:
     with server.client() as client:
         before = server.metrics()
         full, _ = _answer(client, server.model, request, {"vllm_xargs": {"kv_policy": "full"}})
-        before = _after(server, before, SKIPPED)
+        before = _after(server, before)
         answer, prompt_tokens = _answer(client, server.model, request, {})
-        after = _after(server, before, COMPACTIONS)
+        after = _after(server, before)
 
     def difference(name: str, **labels: str) -> float:
         return after.value(name, **labels) - before.value(name, **labels)
@@ -145,14 +146,15 @@ def _answer(client: OpenAI, model: str, request: Request, body: dict[str, Any]) 
     return completion.choices[0].message.content or "", completion.usage.prompt_tokens
 
 
-def _after(server: Server, before: Metrics, counter: str) -> Metrics:
-    """The metrics once one more request is finished and counted by ``counter``."""
+def _after(server: Server, before: Metrics) -> Metrics:
+    """The metrics once one more request is finished, and compacted or counted as skipped."""
+
+    def counted(metrics: Metrics) -> float:
+        return metrics.value(COMPACTIONS) + metrics.value(SKIPPED)
+
     return server.wait_for_metrics(
-        lambda now: (
-            now.value(FINISHED) > before.value(FINISHED)
-            and now.value(counter) > before.value(counter)
-        ),
-        f"{counter} to count the request",
+        lambda now: now.value(FINISHED) > before.value(FINISHED) and counted(now) > counted(before),
+        "the counters of the request",
     )
 
 
@@ -180,12 +182,15 @@ def _table(outcomes: dict[str, Outcome], policy: KVPolicyConfig) -> Table:
 
 
 def _prompt(outcome: Outcome) -> str:
-    video, audio = (round(outcome.tokens[name]) for name in ("video", "audio"))
-    text = outcome.prompt_tokens - video - audio
-    return f"{outcome.prompt_tokens}: {video} video, {audio} audio, {text} text"
+    tokens = {name: round(count) for name, count in outcome.tokens.items()}
+    text = outcome.prompt_tokens - sum(tokens.values())
+    parts = ", ".join(f"{count} {name}" for name, count in {**tokens, "text": text}.items())
+    return f"{outcome.prompt_tokens}: {parts}" if any(tokens.values()) else f"{text}"
 
 
 def _kept(outcome: Outcome) -> str:
     kept, tokens = sum(outcome.kept.values()), sum(outcome.tokens.values())
+    if not tokens:
+        return "all: they fit into the budget"
     parts = ", ".join(f"{count:.1f} {name}" for name, count in outcome.kept.items())
     return f"{kept:.1f} of {tokens:.0f} ({kept / tokens:.0%}): {parts}"
