@@ -61,7 +61,9 @@ def test_request_settings() -> None:
     ("extra_args", "message"),
     [
         ({"kv_budgets": 0.5}, "Unknown request setting 'kv_budgets'; it must be one of kv_policy"),
-        ({"kv_policy": "nope"}, "--kv-policy is 'nope'"),
+        ({"kv_policy": "nope"}, "^kv_policy is 'nope'; it must be one of acckv, full"),
+        ({"kv_budget": -1}, "^kv_budget is -1; it must be a ratio"),
+        ({"kv_policy_config": {"head_mode": 1}}, "^kv_policy_config head_mode is 1; it must"),
         ({"kv_policy_config": "{"}, "kv_policy_config is '{'; it must be a JSON object"),
         ({"kv_policy_config": "3"}, "kv_policy_config is 3; it must be a JSON object"),
         ({"kv_policy_config": '{"x": 1}'}, "Unknown key 'x'"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +131,12 @@ class KVPolicyConfig:
                     f"Unknown request setting {key!r}; it must be one of "
                     f"{', '.join([*_REQUEST_KEYS, _REQUEST_CONFIG])}."
                 )
-        return self.from_mapping({**self.to_mapping(), **own}) if own else self
+        try:
+            return self.from_mapping({**self.to_mapping(), **own}) if own else self
+        except KVPolicyError as error:
+            # Name the request's key instead of the server's flag.
+            named = re.sub(r"^--kv-\S+", lambda flag: flag[0][2:].replace("-", "_"), str(error))
+            raise KVPolicyError(named) from None
 
     def to_mapping(self) -> dict[str, Any]:
         """The JSON-able form that travels in ``VllmConfig.additional_config``."""

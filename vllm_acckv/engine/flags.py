@@ -53,14 +53,15 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             type=_checked("budget"),
             default=None,
             help="Audio-video tokens to keep: a ratio 0 < r <= 1, or a whole number of tokens "
-            f"above 1 (default: {KVPolicyConfig.budget:g}).",
+            f"above 1; {KVPolicyConfig.budget:g} if not given.",
         )
         group.add_argument(
             "--kv-tau",
             type=_checked("tau"),
             default=None,
             help="Similarity below which a token of the less important modality is dropped, "
-            f"-1 (drop none) to 1 (default: {KVPolicyConfig.tau:g}).",
+            f"-1 (drop none) to 1; {KVPolicyConfig.tau:g} if not given. Write a negative value as "
+            "--kv-tau=-1.",
         )
         group.add_argument(
             "--kv-policy-config",

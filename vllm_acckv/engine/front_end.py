@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+
 from vllm_acckv.config import KVPolicyConfig, KVPolicyError
 from vllm_acckv.engine import compat, flags
 
@@ -19,7 +21,7 @@ def check_request(policy: KVPolicyConfig, params: Any, resumable: bool) -> None:
     """Refuse a request that the KV policy cannot serve.
 
     Raises:
-        KVPolicyError: a ValueError, which the API server answers with status 400.
+        KVPolicyError: saying what to change.
     """
     policy = policy.for_request(getattr(params, "extra_args", None))
     if resumable and policy.policy != "full":
@@ -35,7 +37,11 @@ def _with_policy_check(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         policy = flags.requested(self.vllm_config.additional_config)
         if policy is not None:
-            check_request(policy, params, kwargs.get("resumable", False))
+            try:
+                check_request(policy, params, kwargs.get("resumable", False))
+            except KVPolicyError as error:
+                # The API server answers this with 400, any other error with 500 and no message.
+                raise VLLMValidationError(str(error)) from None
         return original(self, request_id, prompt, params, *args, **kwargs)
 
     return process_inputs

@@ -72,10 +72,11 @@ def run(output: Path, budget: float, tau: float, port: int, console: Console) ->
         model = tiny_model.build(output / "model")
         clip = clips.make_clip(output / "clip.mp4", seconds=CLIP_SECONDS)
         sound = clips.make_wav(output / "clip.wav", seconds=CLIP_SECONDS)
+    # With "=", because vLLM's parser takes a separate -0.5 for an option.
     flags = [
-        *("--kv-policy", policy.policy),
-        *("--kv-budget", str(policy.budget)),
-        *("--kv-tau", str(policy.tau)),
+        f"--kv-policy={policy.policy}",
+        f"--kv-budget={policy.budget}",
+        f"--kv-tau={policy.tau}",
     ]
     log = output / "server.log"
     server = Server(model, *flags, media=output, log=log, port=port)
