@@ -115,10 +115,10 @@ class KVPolicyConfig:
         Args:
             extra_args: ``SamplingParams.extra_args`` (``vllm_xargs`` in an HTTP body); its keys
                 ``kv_policy``, ``kv_budget``, ``kv_tau`` and ``kv_policy_config`` (a JSON object
-                or its text) count, keys that do not begin with ``kv_`` belong to others.
+                or its text) count, other keys belong to others.
 
         Raises:
-            KVPolicyError: for a value outside its range, or an unknown key.
+            KVPolicyError: for a value outside its range, or a misspelt key.
         """
         own: dict[str, Any] = {}
         for key, value in (extra_args or {}).items():
@@ -147,7 +147,7 @@ def _json_object(value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             _reject_text(_REQUEST_CONFIG, value, f"a JSON object ({error})")
     if not isinstance(value, Mapping):
         _reject_text(_REQUEST_CONFIG, value, "a JSON object")
@@ -174,7 +174,7 @@ def _number(name: str, value: Any, what: str) -> float:
         _reject(name, value, what)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         _reject(name, value, what)
     if not math.isfinite(number):
         _reject(name, value, what)

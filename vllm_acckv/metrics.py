@@ -23,15 +23,13 @@ class RequestReport:
 
     Attributes:
         layers: layers compacted.
-        entries: KV entries the layers keep of the prompt, text and merged entries included.
         kept: audio-video tokens that stay as they were, by modality.
         merged: tokens that live on only inside a merged entry.
         evicted: tokens that are gone.
-        seconds: time spent observing the last chunk, selecting and moving.
+        seconds: time spent observing queries, selecting and moving entries.
     """
 
     layers: int = 0
-    entries: float = 0.0
     kept: dict[str, float] = field(default_factory=_zeros)
     merged: dict[str, float] = field(default_factory=_zeros)
     evicted: dict[str, float] = field(default_factory=_zeros)
@@ -43,10 +41,8 @@ class RequestReport:
         heads = kept.tokens.shape[0]
         gone = ~kept.tokens
         folded = torch.zeros_like(gone)
-        self.entries += int(kept.tokens.sum()) / heads
         if kept.merged is not None:
             folded = (kept.merged.sources & kept.merged.valid[..., None]).any(1) & gone
-            self.entries += int(kept.merged.valid.sum()) / heads
         for code, name in ((VIDEO, "video"), (AUDIO, "audio")):
             mask = modality == code
             self.kept[name] += int((kept.tokens & mask).sum()) / heads
@@ -56,7 +52,6 @@ class RequestReport:
     def __iadd__(self, other: RequestReport) -> RequestReport:
         """Add the layers of another pipeline stage."""
         self.layers += other.layers
-        self.entries += other.entries
         self.seconds += other.seconds
         for mine, theirs in (
             (self.kept, other.kept),

@@ -16,6 +16,8 @@ from vllm_acckv.config import KVPolicyConfig
 from vllm_acckv.policies import Policy, make_policy
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Modalities
 
+NO_CLIP = "no audio or video"
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -50,9 +52,6 @@ class Plan:
         """Leading blocks that no layer needs once the prompt is compacted."""
         return (self.end - self.entries) // self.block_size if self.active else 0
 
-    def count(self, modality: int) -> int:
-        return int(np.count_nonzero(self.modalities == modality))
-
 
 def make_plan(modalities: Modalities, config: KVPolicyConfig, block_size: int) -> Plan:
     """Plan the compression of a prompt with these ``modalities`` (int8 ``[P]``)."""
@@ -68,7 +67,7 @@ def make_plan(modalities: Modalities, config: KVPolicyConfig, block_size: int) -
     if policy is None:
         return plan(len(av), end, "policy full")
     if not len(av):
-        return plan(0, end, "no audio or video")
+        return plan(0, end, NO_CLIP)
     if text_start == end:
         return plan(len(av), end, "no text after the last clip")
     keep, entries = _budget(modalities, text_start, policy)

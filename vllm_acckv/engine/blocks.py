@@ -123,8 +123,11 @@ def _with_capped_hits(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_computed_blocks(self: Any, request: Request) -> Any:
         blocks, num_tokens, boundary = original(self, request)
         plan = _plan(self, request)
-        if plan is not None and num_tokens > (limit := plan.freed_blocks * plan.block_size):
-            blocks, num_tokens = self.truncate_computed_blocks(blocks, limit), limit
+        if plan is not None:
+            # Two tokens or more are left for the chunk that compacts, see bounded_chunk.
+            limit = min(plan.freed_blocks, (plan.end - 2) // plan.block_size) * plan.block_size
+            if num_tokens > limit:
+                blocks, num_tokens = self.truncate_computed_blocks(blocks, limit), limit
         return blocks, num_tokens, boundary
 
     return get_computed_blocks

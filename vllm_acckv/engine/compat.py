@@ -55,8 +55,8 @@ TOUCH_POINTS = {
         TouchPoint(
             "vllm.engine.arg_utils:EngineArgs.from_cli_args",
             ("args",),
-            "moves the values of those flags into additional_config",
-            "the same hook",
+            "marks arguments of a command line, whose errors end with a sentence, not a traceback",
+            "vLLM ending so on a ValueError of its configuration",
         ),
         TouchPoint(
             "vllm.engine.arg_utils:EngineArgs.create_engine_config",

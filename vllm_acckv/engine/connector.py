@@ -7,6 +7,7 @@ scheduler, to send numbers from the workers to it, and from there to the log and
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,12 @@ from vllm_acckv.engine import blocks, flags, runners
 from vllm_acckv.engine.prometheus import KVPolicyPromMetrics, KVPolicyStats
 from vllm_acckv.engine.ranks import TensorParallelRanks
 from vllm_acckv.engine.requests import plan_request
+from vllm_acckv.engine.rotary import angles_available
 from vllm_acckv.engine.verify import verify_layers
 from vllm_acckv.engine.worker import PolicyWorker, set_current_worker
 from vllm_acckv.metrics import RequestReport
+from vllm_acckv.plan import NO_CLIP
+from vllm_acckv.policies import make_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,9 +51,15 @@ class _NoMetadata(KVConnectorMetadata):
 
 @dataclass
 class LayersVerified(KVConnectorHandshakeMetadata):
-    """A worker's word that every one of its decoder layers runs under the policy."""
+    """A worker's word that every one of its decoder layers runs under the policy.
+
+    Attributes:
+        layers: names of those layers.
+        has_angles: whether the worker can tell the rotary angles of its keys.
+    """
 
     layers: list[str]
+    has_angles: bool
 
 
 @dataclass
@@ -85,6 +95,7 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         self._stats = KVPolicyStats()
         self._worker: PolicyWorker | None = None
         self._verified: list[str] = []
+        self._has_angles = False
         if role == KVConnectorRole.SCHEDULER:
             blocks.install()
         else:
@@ -97,6 +108,7 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
             device=torch.device(vllm_config.device_config.device),
             ranks=TensorParallelRanks(),
             hf_config=self._hf_config,
+            has_angles=angles_available(vllm_config),
         )
         runners.install(vllm_config.use_v2_model_runner)
         runners.fix_audio_in_video()
@@ -109,7 +121,8 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         self._verified = verify_layers(self._vllm_config, self._kv_cache_config)
 
     def get_handshake_metadata(self) -> LayersVerified:
-        return LayersVerified(self._verified)
+        assert self._worker is not None
+        return LayersVerified(self._verified, self._worker.has_angles)
 
     def build_connector_worker_meta(self) -> WorkerReports | None:
         assert self._worker is not None
@@ -117,7 +130,8 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
             raise RuntimeError("The model runner ran a step that the KV policy did not see.")
         self._worker.step_open = False
         reports = self._worker.take_reports()
-        # Every tensor-parallel rank counts the same tokens.
+        # Every tensor-parallel rank keeps as many tokens; which modality they are of can differ
+        # with a selection per head, and then rank 0 speaks for all.
         if not reports or self._worker.ranks.rank > 0:
             return None
         return WorkerReports(reports)
@@ -160,24 +174,29 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        layers = [
-            name
-            for worker in metadata.values()
-            if isinstance(worker, LayersVerified)
-            for name in worker.layers
-        ]
-        if not layers or len(metadata) != self._vllm_config.parallel_config.world_size:
+        workers = [word for word in metadata.values() if isinstance(word, LayersVerified)]
+        layers = {name for word in workers for name in word.layers}
+        self._has_angles = all(word.has_angles for word in workers)
+        if not layers or len(workers) != self._vllm_config.parallel_config.world_size:
             raise KVPolicyError("Not every worker runs its layers under the KV policy.")
+        policy = make_policy(self.config)
+        if policy is not None and policy.needs_angles and not self._has_angles:
+            raise KVPolicyError(
+                "--kv-policy-config merge_space=pre_rope and tau_mode=absolute_pre_rope need a "
+                "model with half-split rotary embedding and no pruning of multimodal tokens."
+            )
         logger.info(
             "KV policy %s is active on %d decoder layers (%s).",
             self.config.policy,
-            len(set(layers)),
+            len(layers),
             ", ".join(f"{key}={value}" for key, value in self.config.to_mapping().items()),
         )
 
     def on_new_request(self, request: Request) -> None:
         (manager,) = self._managers
-        plan = plan_request(request, self.config, manager.block_size, self._hf_config)
+        plan = plan_request(
+            request, self.config, manager.block_size, self._hf_config, self._has_angles
+        )
         manager.plans[request.request_id] = plan
         if plan.skipped is not None:
             self._stats.skip(plan.skipped)
@@ -187,10 +206,11 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         if not isinstance(worker_meta, WorkerReports):
             return
         for request_id, report in worker_meta.reports.items():
-            self._stats.compact(report)
+            if request_id not in self._reports:  # else compacted again after a preemption
+                self._stats.compact(report)
             if request_id in self._finished:  # ended in the very step that compacted it
-                logger.info(self._finished.pop(request_id), _describe(report))
-            else:
+                logger.info("%s; %s", self._finished.pop(request_id), _describe(report))
+            elif request_id in self._managers[0].plans:
                 self._reports[request_id] = report
 
     def request_finished_all_groups(
@@ -202,19 +222,23 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         freed = manager.freed.pop(request_id, 0)
         report = self._reports.pop(request_id, None)
         if plan.skipped is not None:
-            logger.info("KV policy: request %s kept all (%s).", request_id, plan.skipped)
+            # Text is the daily bread of a server; say nothing unless somebody looks for it.
+            level = logging.DEBUG if plan.skipped == NO_CLIP else logging.INFO
+            logger.log(level, "KV policy: request %s kept all (%s).", request_id, plan.skipped)
             return False, None
+        if request.num_computed_tokens <= plan.end:
+            freed = 0  # by its end, not by compaction
         self._stats.free(freed)
         line = (
             f"KV policy: request {request_id}, {request.num_prompt_tokens} prompt tokens, freed "
-            f"{freed} of {-(-request.num_tokens // manager.block_size)} blocks; %s"
+            f"{freed} of {-(-request.num_tokens // manager.block_size)} blocks"
         )
         if report is not None:
-            logger.info(line, _describe(report))
+            logger.info("%s; %s", line, _describe(report))
         elif request.num_computed_tokens >= plan.end:
             self._finished[request_id] = line
         else:
-            logger.info(line, "ended before its prompt was computed")
+            logger.info("%s; ended before its prompt was computed", line)
         return False, None
 
     def get_kv_connector_stats(self) -> KVPolicyStats | None:

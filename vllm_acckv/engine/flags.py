@@ -14,11 +14,14 @@ from vllm_acckv.engine import compat
 
 CONFIG_KEY = "kv_policy"
 
+# Settings with a flag of their own -> where the parser puts their values.
+_FLAGS = {"policy": "kv_policy", "budget": "kv_budget", "tau": "kv_tau"}
+
 
 def install() -> None:
     """Wrap the three functions of ``EngineArgs`` that turn arguments into a configuration."""
     compat.wrap("add_cli_args", _with_flags)
-    compat.wrap("from_cli_args", _with_additional_config)
+    compat.wrap("from_cli_args", _with_sentences)
     compat.wrap("create_engine_config", _with_policy)
 
 
@@ -70,6 +73,7 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             help="Further settings of the policy as a JSON object, for example "
             '\'{"redistribution": "visible", "head_mode": "head"}\'.',
         )
+        _folding(parser)
         return parser
 
     return add_cli_args
@@ -98,36 +102,54 @@ def _json_config(text: str) -> dict[str, Any]:
     return values
 
 
-def _with_additional_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
-        engine_args = original(cls, args)
-        # Errors of a command line end with one sentence instead of a traceback.
-        engine_args.kv_policy_from_cli = True
+def _folding(parser: Any) -> None:
+    """Let ``parser`` move the flags' values into ``additional_config`` as soon as they are read.
+
+    ``vllm serve`` may hand the parsed arguments to processes that load no plugin before they
+    turn them into a configuration; there, ``additional_config`` is all that counts.
+    """
+    parse = parser.parse_known_args
+
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        namespace, rest = parse(*args, **kwargs)
         try:
-            policy = _from_flags(args)
-            if policy is None:
-                return engine_args
-            if CONFIG_KEY in engine_args.additional_config:
-                raise KVPolicyError(
-                    "The KV policy is given both by --kv-policy and in --additional-config; "
-                    "use one of them."
-                )
+            _fold(namespace)
         except KVPolicyError as error:
             raise SystemExit(f"error: {error}") from None
-        engine_args.additional_config = {
-            **engine_args.additional_config,
-            CONFIG_KEY: policy.to_mapping(),
-        }
+        return namespace, rest
+
+    parser.parse_known_args = parse_known_args
+
+
+def _fold(namespace: argparse.Namespace) -> None:
+    policy = _from_flags(namespace)
+    if policy is None:
+        return
+    additional = getattr(namespace, "additional_config", None) or {}
+    if CONFIG_KEY in additional:
+        raise KVPolicyError(
+            "The KV policy is given both by --kv-policy and in --additional-config; use one of "
+            "them."
+        )
+    namespace.additional_config = {**additional, CONFIG_KEY: policy.to_mapping()}
+    for flag in _FLAGS.values():
+        setattr(namespace, flag, None)
+    namespace.kv_policy_config = None
+
+
+def _with_sentences(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+        engine_args = original(cls, args)
+        engine_args.kv_policy_from_cli = True
         return engine_args
 
     return from_cli_args
 
 
 def _from_flags(args: argparse.Namespace) -> KVPolicyConfig | None:
-    flags = {"policy": "kv_policy", "budget": "kv_budget", "tau": "kv_tau"}
     given = {
         key: value
-        for key, flag in flags.items()
+        for key, flag in _FLAGS.items()
         if (value := getattr(args, flag, None)) is not None
     }
     values = getattr(args, "kv_policy_config", None) or {}
@@ -141,7 +163,7 @@ def _from_flags(args: argparse.Namespace) -> KVPolicyConfig | None:
     for key in given.keys() & values.keys():
         if given[key] != values[key]:
             raise KVPolicyError(
-                f"--kv-{flags[key][3:]} is {given[key]!r} but --kv-policy-config has "
+                f"--{_FLAGS[key].replace('_', '-')} is {given[key]!r} but --kv-policy-config has "
                 f"{key}={values[key]!r}; give it once."
             )
     return KVPolicyConfig.from_mapping({**values, **given})

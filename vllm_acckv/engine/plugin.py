@@ -8,13 +8,10 @@ line. A policy is switched on by :mod:`vllm_acckv.engine.startup` when somebody 
 from __future__ import annotations
 
 import logging
-import sys
 
 
 def register() -> None:
     """Install the flags. Safe to call more than once; never raises."""
-    if "vllm.engine.arg_utils" not in sys.modules:  # a worker: no arguments are parsed here
-        return
     from vllm_acckv.engine.compat import IncompatibleVLLMError
 
     try:

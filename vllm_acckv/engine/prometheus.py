@@ -16,15 +16,11 @@ from vllm_acckv.metrics import RequestReport
 _FATES = ("kept", "merged", "evicted")
 
 
-def _zeros() -> dict[str, float]:
-    return {}
-
-
 @dataclass
 class KVPolicyStats(KVConnectorStats):
     """Additive counters, keyed ``name`` or ``name/label/label``."""
 
-    data: dict[str, Any] = field(default_factory=_zeros)
+    data: dict[str, Any] = field(default_factory=dict)
 
     def _add(self, key: str, value: float) -> None:
         self.data[key] = self.data.get(key, 0) + value

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-from vllm_acckv.config import KVPolicyConfig
+from vllm_acckv.config import KVPolicyConfig, KVPolicyError
 from vllm_acckv.plan import Plan, make_plan
+from vllm_acckv.policies import make_policy
 from vllm_acckv.spans import SPAN_HOOKS, Feature, token_modalities
 
 
@@ -28,11 +30,29 @@ class RequestLike(Protocol):
 
 
 def plan_request(
-    request: RequestLike, config: KVPolicyConfig, block_size: int, hf_config: Any
+    request: RequestLike,
+    config: KVPolicyConfig,
+    block_size: int,
+    hf_config: Any,
+    has_angles: bool = True,
 ) -> Plan:
-    """The plan of ``request``; a pure function of its prompt, its own settings and ``config``."""
+    """The plan of ``request``; a pure function of its prompt, its own settings and ``config``.
+
+    Never raises for what a request may contain: the front end refuses wrong settings, and if one
+    slips through, the request stays uncompressed on the scheduler and on the worker alike.
+
+    Args:
+        has_angles: whether the engine can tell rotary angles of this model.
+    """
+    skipped = None
     if request.sampling_params is not None:
-        config = config.for_request(request.sampling_params.extra_args)
+        try:
+            config = config.for_request(request.sampling_params.extra_args)
+        except KVPolicyError:
+            skipped = "invalid settings"
+    policy = make_policy(config)
+    if policy is not None and policy.needs_angles and not has_angles:
+        skipped = "unknown rotary embedding"
     model_hook = SPAN_HOOKS.get(getattr(hf_config, "model_type", ""))
     token_ids = request.prompt_token_ids
     hook = None
@@ -41,4 +61,5 @@ def plan_request(
     modalities = token_modalities(
         request.mm_features, request.num_prompt_tokens, image_as=config.image_as, hook=hook
     )
-    return make_plan(modalities, config, block_size)
+    plan = make_plan(modalities, config, block_size)
+    return replace(plan, skipped=skipped) if skipped is not None else plan

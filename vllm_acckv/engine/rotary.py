@@ -3,12 +3,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_acckv.config import KVPolicyError
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def angles_available(vllm_config: VllmConfig) -> bool:
+    """Whether :class:`RotaryAngles` understands the model that was just built."""
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None and multimodal.is_multimodal_pruning_enabled():
+        return False  # positions change after a batch is announced
+    modules = list(rotary_embedding._ROPE_DICT.values())
+    return bool(modules) and all(map(_is_understood, modules))
+
+
+def _is_understood(rotary: Any) -> bool:
+    return bool(getattr(rotary, "is_neox_style", False)) and hasattr(rotary, "cos_sin_cache")
 
 
 class RotaryAngles:
@@ -19,11 +34,6 @@ class RotaryAngles:
     """
 
     def __init__(self, rotary: Any) -> None:
-        if rotary is None or not getattr(rotary, "is_neox_style", False):
-            raise KVPolicyError(
-                "merge_space=pre_rope and tau_mode=absolute_pre_rope need a model with "
-                f"half-split rotary embedding; this one has {type(rotary).__name__}."
-            )
         self._frequency = _frequencies(rotary.cos_sin_cache.float())
         self._axis = torch.zeros_like(self._frequency, dtype=torch.int64)
         section = getattr(rotary, "mrope_section", None)
@@ -38,11 +48,8 @@ class RotaryAngles:
     @classmethod
     def of(cls, model: torch.nn.Module) -> RotaryAngles:
         """Angles of the decoder layers of ``model``."""
-        for name, module in model.named_modules():
-            if isinstance(module, Attention):
-                parent = model.get_submodule(name.rpartition(".")[0])
-                return cls(getattr(parent, "rotary_emb", None))
-        return cls(None)
+        layers = (name for name, one in model.named_modules() if isinstance(one, Attention))
+        return cls(model.get_submodule(next(layers).rpartition(".")[0]).rotary_emb)
 
     def __call__(self, positions: torch.Tensor) -> torch.Tensor:
         """fp32 ``[l, R/2]`` angles for positions ``[l]``, or ``[3, l]`` of a model with M-RoPE."""

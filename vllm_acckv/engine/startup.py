@@ -83,6 +83,7 @@ def check_supported(config: VllmConfig, policy: KVPolicyConfig) -> None:
         KVPolicyError: naming the clash.
     """
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    scheduler = config.scheduler_config
     architecture = ", ".join(model.architectures)
     models = {
         "it is an encoder-decoder model": model.is_encoder_decoder,
@@ -109,7 +110,9 @@ def check_supported(config: VllmConfig, policy: KVPolicyConfig) -> None:
         "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
         "pipeline parallelism through Ray": parallel.pipeline_parallel_size > 1
         and parallel.distributed_executor_backend == "ray",
-        "--max-num-batched-tokens 1": config.scheduler_config.max_num_batched_tokens < 2,
+        "--max-num-batched-tokens 1": scheduler.max_num_batched_tokens == 1,
+        "--max-num-scheduled-tokens 1": scheduler.max_num_scheduled_tokens == 1,
+        "--long-prefill-token-threshold 1": scheduler.long_prefill_token_threshold == 1,
     }
     for what, used in options.items():
         if used:

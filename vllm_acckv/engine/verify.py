@@ -29,6 +29,10 @@ def verify_layers(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> li
         for name in group.layer_names
     }
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    for name, layer in layers.items():
+        # Such layers have no KV cache of their own, so they are in no group.
+        if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
+            raise _refusal(name, "it shares the KV cache of another layer")
     for name, spec in specs.items():
         layer = layers[name]
         backend = layer.get_attn_backend()
@@ -41,15 +45,14 @@ def verify_layers(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> li
             "it uses attention sinks": getattr(impl, "sinks", None) is not None,
             "it uses ALiBi": getattr(impl, "alibi_slopes", None) is not None,
             "it caps its attention logits": bool(getattr(impl, "logits_soft_cap", 0)),
-            "it shares the KV cache of another layer": getattr(
-                layer, "kv_sharing_target_layer_name", None
-            )
-            is not None,
         }
         for problem, found in problems.items():
             if found:
-                raise KVPolicyError(
-                    f"A KV policy cannot run on layer {name}: {problem}. Serve this model "
-                    "without a KV policy."
-                )
+                raise _refusal(name, problem)
     return list(specs)
+
+
+def _refusal(name: str, problem: str) -> KVPolicyError:
+    return KVPolicyError(
+        f"A KV policy cannot run on layer {name}: {problem}. Serve this model without a KV policy."
+    )

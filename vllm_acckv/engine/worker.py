@@ -24,7 +24,7 @@ from vllm_acckv.plan import Plan
 from vllm_acckv.policies import Policy, make_policy
 from vllm_acckv.policies.base import Prompt
 from vllm_acckv.scores import observed_attention
-from vllm_acckv.selection import Kept, align
+from vllm_acckv.selection import Kept, Selection, align
 
 
 class PagedKV(Protocol):
@@ -112,12 +112,14 @@ class PolicyWorker:
         device: torch.device,
         ranks: TensorParallelRanks,
         hf_config: Any,
+        has_angles: bool,
     ) -> None:
         self.config = config
         self.block_size = block_size
         self.device = device
         self.ranks = ranks
         self.hf_config = hf_config
+        self.has_angles = has_angles
         self.requests: dict[str, WorkerRequest] = {}
         # Runner V1 announces each batch row by row. Runner V2 says which slot holds which
         # request, and names the slots of a batch itself.
@@ -141,7 +143,7 @@ class PolicyWorker:
         known = self.requests.get(request_id)
         if known is not None and known.source is source:
             return known
-        plan = plan_request(source, self.config, self.block_size, self.hf_config)
+        plan = plan_request(source, self.config, self.block_size, self.hf_config, self.has_angles)
         policy = make_policy(plan.config) if plan.active else None
         prompt = None
         if policy is not None:
@@ -246,7 +248,8 @@ class PolicyWorker:
         cache.write(kept.freed_blocks * self.block_size, *gather_kept(kept, key, value))
         request.freed[layer_name] = kept.freed_blocks
         if self.records is not None:
-            self.records.setdefault(request.request_id, {})[layer_name] = _record(kept)
+            record = _record(kept, selection)
+            self.records.setdefault(request.request_id, {})[layer_name] = record
         if not request.report.layers:
             self._reported.append(request)
         request.report.add_layer(request.prompt.modality, kept)
@@ -258,13 +261,14 @@ class PolicyWorker:
         return reports
 
 
-def _record(kept: Kept) -> dict[str, Any]:
+def _record(kept: Kept, selection: Selection) -> dict[str, Any]:
     """JSON-able form of what a layer kept: per KV head, token indices and merged modalities."""
     merged: list[list[int]] = [[] for _ in kept.tokens]
     if kept.merged is not None:
         merged = [kept.merged.modality[valid].tolist() for valid in kept.merged.valid]
     return {
         "freed_blocks": kept.freed_blocks,
+        "video_weight": selection.video_weight.tolist(),
         "tokens": [head.nonzero().flatten().tolist() for head in kept.tokens],
         "merged": merged,
     }
