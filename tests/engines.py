@@ -42,6 +42,7 @@ class Ask:
     audio_in_video: bool = False
     xargs: dict[str, Any] = field(default_factory=dict)
     max_tokens: int = 12
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Trace:
         kept: per request and layer, what the policy kept.
         free_before, free_after: free blocks of the pool around the batch.
         log: log lines of the KV policy.
+        counters: what the KV policy counted, as on its way to the metrics.
     """
 
     answers: list[Answer]
@@ -73,6 +75,7 @@ class Trace:
     free_before: int
     free_after: int
     log: list[str]
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -192,6 +195,21 @@ class _Host:
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.counters: dict[str, float] = {}
+        if self.policy:
+            self._count(self.scheduler.connector)
+
+    def _count(self, connector: Any) -> None:
+        """Add up the statistics that the scheduler takes from ``connector`` every step."""
+        take = connector.get_kv_connector_stats
+
+        def counted() -> Any:
+            stats = take()
+            for name, value in (stats.data if stats is not None else {}).items():
+                self.counters[name] = self.counters.get(name, 0) + value
+            return stats
+
+        connector.get_kv_connector_stats = counted
 
     def free_blocks(self) -> int:
         return self.pool.get_num_free_blocks()
@@ -235,6 +253,7 @@ class _Host:
             ignore_eos=True,
             logprobs=-1,
             extra_args=ask.xargs or None,
+            **ask.sampling,
         )
         mm_kwargs = {"use_audio_in_video": True} if ask.audio_in_video else None
         (prompt,) = self.llm._preprocess_chat([ask.messages], mm_processor_kwargs=mm_kwargs)
@@ -257,6 +276,7 @@ class _Host:
         if self.policy:
             self.llm.collective_rpc("kv_policy_record")
         self.log.clear()
+        self.counters.clear()
         free_before, held, hashed, done = self.free_blocks(), [], [], {}
         step = 0
         while step == 0 or len(done) + len(abort or {}) < len(asks):
@@ -284,6 +304,7 @@ class _Host:
             free_before,
             self.free_blocks(),
             list(self.log),
+            dict(self.counters),
         )
 
 

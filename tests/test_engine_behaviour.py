@@ -183,12 +183,36 @@ def test_hazard_8_preemption_starts_over(acckv: Engine, media: Media, alone: lis
         for number, single in enumerate(alone):
             assert trace.answers[number].tokens == single.answers[0].tokens
         assert trace.free_before == trace.free_after
-        assert len(trace.log) == len(alone)
         finished = [line.split("; ")[1] for line in trace.log if "freed" in line]
-        single_lines = [
-            line.split("; ")[1] for single in alone for line in single.log if "freed" in line
-        ]
-        assert sorted(finished) == sorted(single_lines)
+        lines = [line for single in alone for line in single.log if "freed" in line]
+        assert sorted(finished) == sorted(line.split("; ")[1] for line in lines)
+        for name in ("compactions", "freed_blocks", "tokens/video/kept", "tokens/audio/evicted"):
+            expected = sum(single.counters.get(name, 0) for single in alone)
+            assert trace.counters[name] == pytest.approx(expected)
+        assert trace.counters["compactions"] == 6
+
+
+def test_a_request_that_ends_with_its_first_token(acckv: Engine, media: Media) -> None:
+    """It is compacted, reported once, and its blocks count as freed by its end."""
+    trace = acckv.run(media.separate(max_tokens=1))
+    assert len(trace.log) == 1
+    assert "freed 0 of" in trace.log[0]
+    assert "per layer: video kept" in trace.log[0]
+    assert trace.counters["compactions"] == 1
+    assert trace.counters["freed_blocks"] == 0
+    assert trace.free_before == trace.free_after
+
+
+def test_hazard_15_several_answers_and_prompt_logprobs(
+    acckv: Engine, media: Media, alone: list[Trace]
+) -> None:
+    """Each answer of ``n=3`` is compacted by itself; prompt log-probabilities are the model's."""
+    ask = mixed(media)[0]
+    ask.sampling = {"n": 3, "prompt_logprobs": 2}
+    trace = acckv.run(ask)
+    assert trace.answers[0].tokens == alone[0].answers[0].tokens
+    assert trace.counters["compactions"] == 3
+    assert trace.free_before == trace.free_after
 
 
 def test_hazard_9_pool_returns_to_its_start_value(acckv: Engine, media: Media) -> None:

@@ -39,6 +39,7 @@ def assert_matches(trace: Trace, requests: list[Ask], reference: Reference, **op
         assert bool(kept) == expected.active
         for layer, selection in zip(kept.values(), expected.selections, strict=True):
             assert layer["freed_blocks"] == selection.f
+            assert layer["video_weight"] == pytest.approx(selection.W_v[:1], abs=1e-4)
             assert layer["tokens"] == selection.kept
 
 
@@ -149,6 +150,28 @@ def test_hazard_11_tensor_parallel_ranks_agree(
         _, expected = reference.answer(ask, 0.3, answer.tokens, **options)
         assert expected.active
         assert difference(answer, expected.logprobs) < 1e-3, number
+
+
+def test_pipeline_stages(checkpoint: Path, media: Media, reference: Reference) -> None:
+    """Two stages with half of the layers each; their counts add up."""
+    requests = [media.separate(), media.two_interleaved(xargs={"kv_tau": -1.0})]
+    with Engine(
+        checkpoint,
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        additional_config={"kv_policy": "acckv"},
+        pipeline_parallel_size=2,
+        enforce_eager=False,
+        compilation_config={"mode": 2, "backend": "eager"},
+    ) as engine:
+        trace = engine.run(*requests)
+    for ask, answer in zip(requests, trace.answers, strict=True):
+        tau = ask.xargs.get("kv_tau", 0.6)
+        _, expected = reference.answer(ask, 0.2, answer.tokens, tau=tau)
+        assert difference(answer, expected.logprobs) < 1e-3
+    tokens = sum(code != 0 for one in trace.answers for code in reference.modality(one.prompt))
+    assert trace.counters["compactions"] == 2
+    counted = sum(value for name, value in trace.counters.items() if name.startswith("tokens/"))
+    assert counted == pytest.approx(tokens)
 
 
 def test_the_runners_are_v1_and_v2(start_engine: Callable[..., Engine]) -> None:
