@@ -247,14 +247,8 @@ class _Host:
         """Queue a request under ``request_id``."""
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=ask.max_tokens,
-            ignore_eos=True,
-            logprobs=-1,
-            extra_args=ask.xargs or None,
-            **ask.sampling,
-        )
+        sampling = {"temperature": 0, "ignore_eos": True, "logprobs": -1, **ask.sampling}
+        params = SamplingParams(max_tokens=ask.max_tokens, extra_args=ask.xargs or None, **sampling)
         mm_kwargs = {"use_audio_in_video": True} if ask.audio_in_video else None
         (prompt,) = self.llm._preprocess_chat([ask.messages], mm_processor_kwargs=mm_kwargs)
         self.engine.add_request(request_id, prompt, params)

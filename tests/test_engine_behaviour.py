@@ -208,7 +208,7 @@ def test_hazard_15_several_answers_and_prompt_logprobs(
 ) -> None:
     """Each answer of ``n=3`` is compacted by itself; prompt log-probabilities are the model's."""
     ask = mixed(media)[0]
-    ask.sampling = {"n": 3, "prompt_logprobs": 2}
+    ask.sampling = {"n": 3, "temperature": 0.01, "seed": 0, "prompt_logprobs": 2}
     trace = acckv.run(ask)
     assert trace.answers[0].tokens == alone[0].answers[0].tokens
     assert trace.counters["compactions"] == 3
