@@ -219,6 +219,18 @@ class _Host:
         worker = self.engine.model_executor.driver_worker.worker
         return [base.__module__ for base in type(worker.model_runner).__mro__]
 
+    def leftovers(self) -> dict[str, int]:
+        """Sizes of what scheduler and connector remember of requests."""
+        connector = self.scheduler.connector
+        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        kept = {
+            "plans": manager.plans,
+            "freed": manager.freed,
+            "reports": connector._reports,
+            "finished": connector._finished,
+        }
+        return {name: len(entries) for name, entries in kept.items()}
+
     def null_block(self) -> float:
         """Sum of absolute values in block 0 of every layer, which nobody may write."""
         runner = self.engine.model_executor.driver_worker.worker.model_runner

@@ -215,6 +215,18 @@ def test_hazard_15_several_answers_and_prompt_logprobs(
     assert trace.free_before == trace.free_after
 
 
+@pytest.mark.parametrize("preempt_at", [None, 1, 2])
+def test_hazard_8_nothing_is_remembered_after_an_abort(
+    acckv_chunked: Engine, media: Media, preempt_at: int | None
+) -> None:
+    """Aborted before, in and after its compaction, also after a preemption."""
+    asks = [media.separate(seed=seed, max_tokens=30) for seed in range(6)]
+    abort = {0: 1, 1: 3, 2: 5, 3: 7, 4: 12, 5: 20}
+    trace = acckv_chunked.run(*asks, abort=abort, preempt_at=preempt_at)
+    assert trace.free_before == trace.free_after
+    assert set(acckv_chunked.call("leftovers").values()) == {0}
+
+
 def test_hazard_9_pool_returns_to_its_start_value(acckv: Engine, media: Media) -> None:
     before = acckv.call("free_blocks")
     for _ in range(3):

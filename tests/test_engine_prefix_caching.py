@@ -16,8 +16,10 @@ FULL = {"kv_policy": "full"}
 
 
 @pytest.fixture(scope="module")
-def caching(start_engine: Callable[..., Engine]) -> Engine:
-    return start_engine(additional_config={"kv_policy": "acckv"}, enable_prefix_caching=True)
+def caching(runner: dict[str, str], start_engine: Callable[..., Engine]) -> Engine:
+    return start_engine(
+        runner, additional_config={"kv_policy": "acckv"}, enable_prefix_caching=True
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -366,7 +366,7 @@ def refused_models(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.mark.parametrize("architecture", REFUSED_MODELS)
-def test_models_are_refused(refused_models: dict[str, Ending], architecture: str) -> None:
+def test_hazard_17_models_are_refused(refused_models: dict[str, Ending], architecture: str) -> None:
     _, why = REFUSED_MODELS[architecture]
     assert_refusal(refused_models[architecture], (*POLICY, architecture, why))
 
