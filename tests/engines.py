@@ -199,6 +199,16 @@ class _Host:
         if self.policy:
             self._count(self.scheduler.connector)
 
+    def restart(self, **options: Any) -> None:
+        """Shut the engine down and start another one in the same process."""
+        import gc
+
+        model = self.llm.model_config.model
+        self.engine.engine_core.shutdown()
+        self.__dict__.clear()
+        gc.collect()
+        self.__init__(model, options)  # type: ignore[misc]
+
     def _count(self, connector: Any) -> None:
         """Add up the statistics that the scheduler takes from ``connector`` every step."""
         take = connector.get_kv_connector_stats

@@ -54,6 +54,21 @@ def test_full_policy_of_the_server_equals_stock_vllm(
             assert_same(trace.answers[0], stock.answer(ask))
 
 
+def test_engines_one_after_the_other_in_one_process(
+    checkpoint: Path, stock: Engine, start_engine: Callable[..., Engine], media: Media
+) -> None:
+    """A notebook that tries a policy and goes back to plain vLLM gets plain vLLM."""
+    ask = media.separate()
+    plain = stock.answer(ask)
+    compressed = start_engine({}, additional_config={"kv_policy": "acckv"}).answer(ask)
+    with Engine(checkpoint) as engine:
+        assert_same(engine.answer(ask), plain)
+        engine.call("restart", additional_config={"kv_policy": "acckv"})
+        assert_same(engine.answer(ask), compressed)
+        engine.call("restart")
+        assert_same(engine.answer(ask), plain)
+
+
 def mixed(media: Media) -> list[Ask]:
     return [
         media.separate(seed=1, xargs={"kv_budget": 0.2}, max_tokens=14),
