@@ -101,7 +101,7 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._worker = self._make_worker(vllm_config, kv_cache_config)
 
-    def _make_worker(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Any:
+    def _make_worker(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> PolicyWorker:
         worker = PolicyWorker(
             self.config,
             block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
