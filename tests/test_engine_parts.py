@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_acckv.config import KVPolicyConfig, KVPolicyError
+from vllm_acckv.config import KVPolicyError
 from vllm_acckv.engine import compat
 from vllm_acckv.engine.blocks import bounded_chunk
 from vllm_acckv.engine.front_end import check_request
 from vllm_acckv.engine.requests import plan_request
 from vllm_acckv.plan import make_plan
+from vllm_acckv.policies import make_policy
 from vllm_acckv.policies.rotary import rotate
 from vllm_acckv.spans import TEXT, VIDEO
 
@@ -110,6 +111,7 @@ def test_plugin_imports_nothing_heavy(parsed: tuple[list[str], str]) -> None:
         "vllm_acckv.engine.compat",
         "vllm_acckv.engine.flags",
         "vllm_acckv.engine.plugin",
+        "vllm_acckv.policies",
     ]
 
 
@@ -139,7 +141,7 @@ def test_plugins_loaded_before_the_arguments_module() -> None:
 def test_chunks_end_at_the_compaction_point() -> None:
     """A chunk never crosses ``end``, and the last one has two tokens or more."""
     modality = np.array([TEXT] * 4 + [VIDEO] * 90 + [TEXT] * 6, dtype=np.int8)
-    plan = make_plan(modality, KVPolicyConfig(), 16)
+    plan = make_plan(modality, make_policy("acckv"), 16)
     assert plan.active
     assert plan.end == 100
     assert bounded_chunk(plan, 0, 150) == 100  # resumed with 50 generated tokens
@@ -156,11 +158,56 @@ def test_chunks_end_at_the_compaction_point() -> None:
         assert chunks[-1] >= 2
 
 
+def engine_config(num_layers: int = 28, pipeline_stages: int = 1) -> SimpleNamespace:
+    """The part of ``VllmConfig`` that decides whether a policy can be served."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: num_layers),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline_stages),
+    )
+
+
 def test_streaming_input_is_refused() -> None:
-    check_request(KVPolicyConfig(), None, resumable=False)
-    check_request(KVPolicyConfig(policy="full"), None, resumable=True)
+    config = engine_config()
+    check_request(make_policy("acckv"), None, False, config)
+    check_request(make_policy("full"), None, True, config)
     with pytest.raises(KVPolicyError, match="Streaming input does not work with --kv-policy acckv"):
-        check_request(KVPolicyConfig(), None, resumable=True)
+        check_request(make_policy("acckv"), None, True, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "xargs", "sentence"),
+    [
+        (engine_config(), {"kv_policy": "fastv"}, None),
+        (engine_config(4), {"kv_policy": "fastv"}, r"^kv_budget is 0\.2; it must be above 0\.50"),
+        (engine_config(2), {"kv_policy": "fastv"}, "first_pruned_layer is 2; .* model's 2 layers"),
+        (engine_config(28, 2), {"kv_policy": "fastv"}, "kv_policy fastv .* pipeline parallelism"),
+        (
+            engine_config(),
+            {"kv_policy": "h2o", "kv_policy_config": {"decode": "evict"}},
+            "kv_policy_config decode is 'evict'; vLLM compresses once after prefill",
+        ),
+    ],
+)
+def test_policies_that_this_engine_cannot_serve(
+    config: SimpleNamespace, xargs: dict, sentence: str | None
+) -> None:
+    params = SimpleNamespace(extra_args=xargs)
+    if sentence is None:
+        check_request(make_policy("acckv"), params, False, config)
+        return
+    with pytest.raises(KVPolicyError, match=sentence):
+        check_request(make_policy("acckv"), params, False, config)
+
+
+def test_prefix_cache_hits_leave_the_observed_rows_to_be_computed() -> None:
+    modality = np.array([TEXT] * 4 + [VIDEO] * 90 + [TEXT] * 6, dtype=np.int8)
+    shared = {
+        name: make_plan(modality, make_policy(name), 16).shared_blocks
+        for name in ("acckv", "h2o", "lookm", "snapkv", "streaming")
+    }
+    assert shared == {"acckv": 4, "h2o": 0, "lookm": 0, "snapkv": 4, "streaming": 4}
+    wide = make_policy("snapkv", window=64)
+    assert make_plan(modality, wide, 16).shared_blocks == 36 // 16
 
 
 @pytest.mark.parametrize("isa", ["vec", "vec16"])
@@ -232,13 +279,14 @@ def test_wrong_settings_that_slip_through_stop_nothing() -> None:
         prompt_token_ids=[0] * 100,
         sampling_params=SimpleNamespace(extra_args={"kv_budget": -1}),
     )
-    assert plan_request(request, KVPolicyConfig(), 16, None).skipped == "invalid settings"
+    acckv = make_policy("acckv")
+    assert plan_request(request, acckv, 16, 4, None).skipped == "invalid settings"
     request.sampling_params.extra_args = {"kv_policy_config": {"merge_space": "pre_rope"}}
-    assert plan_request(request, KVPolicyConfig(), 16, None, has_angles=True).active
-    plan = plan_request(request, KVPolicyConfig(), 16, None, has_angles=False)
+    assert plan_request(request, acckv, 16, 4, None, has_angles=True).active
+    plan = plan_request(request, acckv, 16, 4, None, has_angles=False)
     assert plan.skipped == "unknown rotary embedding"
     request.sampling_params.extra_args = {}
-    assert plan_request(request, KVPolicyConfig(), 16, None, has_angles=False).active
+    assert plan_request(request, acckv, 16, 4, None, has_angles=False).active
 
 
 @pytest.mark.parametrize(("style", "understood"), [(True, True), (False, False)])

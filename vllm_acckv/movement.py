@@ -10,20 +10,21 @@ from vllm_acckv.selection import Kept
 
 def gather_kept(
     kept: Kept, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Collect the kept keys and values of a layer.
 
     Entries keep the order of the prompt, a merged entry follows the last kept token of its
-    modality's merged set. The text after the last clip therefore stays where it is.
+    modality's merged set. Trailing text that is kept therefore stays where it is.
 
     Args:
         kept: what to keep of ``l`` tokens.
         key, value: ``[G, l, D]``.
 
     Returns:
-        ``[G, L, D]`` keys and values, ``L = l - freed_blocks * block_size``.
+        keys and values ``[G, L, D]`` with ``L = kept.length``, and their positions in the prompt,
+        int64 ``[G, L]``, -1 for merged entries.
     """
-    num_heads, length, _ = key.shape
+    length = key.shape[1]
     # Sort keys: token j has 2 j, a merged entry 2 j + 1 behind token j; -1 is not stored.
     order = torch.arange(length, device=key.device) * 2
     order = torch.where(kept.tokens, order, -1)
@@ -34,9 +35,10 @@ def gather_kept(
         order = torch.cat([order, torch.where(merged.valid, last * 2 + 1, -1)], dim=1)
         key = torch.cat([key, merged.key], dim=1)
         value = torch.cat([value, merged.value], dim=1)
-    count = int((order[0] >= 0).sum())
-    source = order.argsort(dim=1, stable=True)[:, order.shape[1] - count :, None]
+    source = order.argsort(dim=1, stable=True)[:, order.shape[1] - kept.length :]
+    index = source[..., None]
     return (
-        key.gather(1, source.expand(num_heads, count, key.shape[2])),
-        value.gather(1, source.expand(num_heads, count, value.shape[2])),
+        key.gather(1, index.expand(-1, -1, key.shape[2])),
+        value.gather(1, index.expand(-1, -1, value.shape[2])),
+        torch.where(source < length, source, -1),
     )

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from vllm_acckv.config import KVPolicyConfig
-from vllm_acckv.policies import Policy, make_policy
-from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Modalities
+from vllm_acckv.policies.base import Layer, Policy
+from vllm_acckv.spans import Layout, Modalities
 
 NO_CLIP = "no audio or video"
 
@@ -24,23 +21,17 @@ class Plan:
     """The compression plan of one request.
 
     Attributes:
-        modalities: int8 ``[end]``, see :mod:`vllm_acckv.spans`.
-        text_start: first token after the last audio-video token (t0 of the paper).
-        end: number of tokens the compression covers; logical slots below it are rewritten.
-        keep: audio-video tokens to select (k of eq. 7).
-        entries: most KV entries any layer keeps of the first ``end`` tokens.
+        layout: modalities of the part of the prompt that the compression covers.
+        entries: most KV entries each layer keeps of it.
         block_size: tokens per KV block.
-        config: the settings the request is compressed with.
+        policy: the policy with the request's own settings.
         skipped: why the request stays uncompressed, ``None`` if it is compressed.
     """
 
-    modalities: Modalities
-    text_start: int
-    end: int
-    keep: int
-    entries: int
+    layout: Layout
+    entries: tuple[int, ...]
     block_size: int
-    config: KVPolicyConfig
+    policy: Policy
     skipped: str | None = None
 
     @property
@@ -48,40 +39,46 @@ class Plan:
         return self.skipped is None
 
     @property
+    def end(self) -> int:
+        """Number of tokens the compression covers; logical slots below it are rewritten."""
+        return self.layout.length
+
+    @property
     def freed_blocks(self) -> int:
-        """Leading blocks that no layer needs once the prompt is compacted."""
-        return (self.end - self.entries) // self.block_size if self.active else 0
+        """Leading blocks that no layer needs once the prompt is compacted. Layers share their
+        block tables, so the layer that keeps most decides."""
+        return (self.end - max(self.entries)) // self.block_size if self.active else 0
+
+    @property
+    def first_query(self) -> int:
+        """First token whose query row the policy observes."""
+        return self.policy.first_query(self.layout)
+
+    @property
+    def shared_blocks(self) -> int:
+        """Leading blocks that a prefix-cache hit may cover: those that are never rewritten, and
+        hold no row that the policy must observe."""
+        return min(self.freed_blocks, self.first_query // self.block_size)
+
+    def compacts(self, layer: int) -> bool:
+        """Whether a layer frees a block or more; the others are left alone."""
+        return self.end - self.entries[layer] >= self.block_size
 
 
-def make_plan(modalities: Modalities, config: KVPolicyConfig, block_size: int) -> Plan:
+def make_plan(modalities: Modalities, policy: Policy, block_size: int, num_layers: int = 1) -> Plan:
     """Plan the compression of a prompt with these ``modalities`` (int8 ``[P]``)."""
-    end = len(modalities) - int(config.compress_before_last_token)
-    modalities = modalities[: max(end, 0)]
-    av = np.flatnonzero(modalities != TEXT)
-    text_start = int(av[-1]) + 1 if len(av) else end
-    policy = make_policy(config)
-
-    def plan(keep: int, entries: int, skipped: str | None) -> Plan:
-        return Plan(modalities, text_start, max(end, 0), keep, entries, block_size, config, skipped)
-
-    if policy is None:
-        return plan(len(av), end, "policy full")
-    if not len(av):
-        return plan(0, end, NO_CLIP)
-    if text_start == end:
-        return plan(len(av), end, "no text after the last clip")
-    keep, entries = _budget(modalities, text_start, policy)
-    if keep >= len(av):
-        return plan(keep, end, "within the budget")
-    if end - entries < block_size:
-        return plan(keep, end, "would free less than a block")
-    return plan(keep, entries, None)
-
-
-def _budget(modalities: Modalities, text_start: int, policy: Policy) -> tuple[int, int]:
-    return policy.budget(
-        video=int(np.count_nonzero(modalities == VIDEO)),
-        audio=int(np.count_nonzero(modalities == AUDIO)),
-        prefix_text=int(np.count_nonzero(modalities[:text_start] == TEXT)),
-        trailing_text=len(modalities) - text_start,
-    )
+    end = max(len(modalities) - int(policy.compress_before_last_token), 0)
+    layout = Layout(modalities[:end])
+    entries = tuple(policy.entries(layout, Layer(index, num_layers)) for index in range(num_layers))
+    skipped = None
+    if policy.name == "full":
+        skipped = "policy full"
+    elif not layout.av:
+        skipped = NO_CLIP
+    elif policy.needs_trailing_text and not layout.trailing_text:
+        skipped = "no text after the last clip"
+    elif min(entries) >= end:
+        skipped = "within the budget"
+    elif end - min(entries) < block_size:
+        skipped = "would free less than a block"
+    return Plan(layout, entries, block_size, policy, skipped)

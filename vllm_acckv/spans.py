@@ -9,6 +9,8 @@ used throughout instead of ``[start, end)`` ranges: audio inside video interleav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +37,58 @@ class Feature(Protocol):
 
     @property
     def mm_position(self) -> Placeholder: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the modalities of a prompt are: everything that is known before any attention.
+
+    Attributes:
+        modalities: int8 ``[l]`` of ``TEXT``, ``VIDEO`` or ``AUDIO``.
+    """
+
+    modalities: Modalities
+
+    @cached_property
+    def length(self) -> int:
+        """Number of tokens (l of the papers)."""
+        return len(self.modalities)
+
+    @cached_property
+    def counts(self) -> tuple[int, int, int]:
+        """Text, video and audio tokens, indexed by the modality codes."""
+        text, video, audio = np.bincount(self.modalities, minlength=3)[:3].tolist()
+        return text, video, audio
+
+    @property
+    def text(self) -> int:
+        return self.counts[TEXT]
+
+    @property
+    def av(self) -> int:
+        """Audio-video tokens (N)."""
+        return self.counts[VIDEO] + self.counts[AUDIO]
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Codes of the modalities that have tokens, video first."""
+        return tuple(code for code in (VIDEO, AUDIO) if self.counts[code])
+
+    @cached_property
+    def text_start(self) -> int:
+        """First token after the last audio-video token (t0 of AccKV); ``length`` without text
+        there, 0 without any audio or video."""
+        av = np.flatnonzero(self.modalities)
+        return int(av[-1]) + 1 if len(av) else 0
+
+    @property
+    def trailing_text(self) -> int:
+        """Tokens after the last audio-video token (n_t)."""
+        return self.length - self.text_start
+
+    def text_before(self, position: int) -> int:
+        """Text tokens in front of ``position``."""
+        return position - int(np.count_nonzero(self.modalities[:position]))
 
 
 # (modalities [P], prompt token ids [P], Hugging Face config) -> modalities [P]

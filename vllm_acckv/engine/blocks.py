@@ -125,7 +125,7 @@ def _with_capped_hits(original: Callable[..., Any]) -> Callable[..., Any]:
         plan = _plan(self, request)
         if plan is not None:
             # Two tokens or more are left for the chunk that compacts, see bounded_chunk.
-            limit = min(plan.freed_blocks, (plan.end - 2) // plan.block_size) * plan.block_size
+            limit = min(plan.shared_blocks, (plan.end - 2) // plan.block_size) * plan.block_size
             if num_tokens > limit:
                 blocks, num_tokens = self.truncate_computed_blocks(blocks, limit), limit
         return blocks, num_tokens, boundary

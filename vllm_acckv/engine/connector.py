@@ -28,11 +28,11 @@ from vllm_acckv.engine.prometheus import KVPolicyPromMetrics, KVPolicyStats
 from vllm_acckv.engine.ranks import TensorParallelRanks
 from vllm_acckv.engine.requests import plan_request
 from vllm_acckv.engine.rotary import angles_available
+from vllm_acckv.engine.supported import num_layers
 from vllm_acckv.engine.verify import verify_layers
 from vllm_acckv.engine.worker import PolicyWorker, set_current_worker
 from vllm_acckv.metrics import RequestReport
 from vllm_acckv.plan import NO_CLIP
-from vllm_acckv.policies import make_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -85,9 +85,10 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        config = flags.requested(vllm_config.additional_config)
-        assert config is not None
-        self.config = config
+        policy = flags.requested(vllm_config.additional_config)
+        assert policy is not None
+        self.policy = policy
+        self._num_layers = num_layers(vllm_config)
         self._hf_config = vllm_config.model_config.hf_config
         self._managers: list[blocks.KVPolicyManager] = []
         self._reports: dict[str, RequestReport] = {}
@@ -103,8 +104,9 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_worker(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> PolicyWorker:
         worker = PolicyWorker(
-            self.config,
+            self.policy,
             block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
+            num_layers=self._num_layers,
             device=torch.device(vllm_config.device_config.device),
             ranks=TensorParallelRanks(),
             hf_config=self._hf_config,
@@ -166,7 +168,7 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         groups = kv_cache_manager.coordinator.single_type_managers
         if len(groups) != 1 or len(self._managers) != 1:
             raise KVPolicyError(
-                f"--kv-policy {self.config.policy} needs a model whose layers all use full "
+                f"--kv-policy {self.policy.name} needs a model whose layers all use full "
                 f"attention; this one has {len(groups)} kinds of KV cache "
                 f"({', '.join(type(group.kv_cache_spec).__name__ for group in groups)})."
             )
@@ -179,23 +181,27 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         self._has_angles = all(word.has_angles for word in workers)
         if not layers or len(workers) != self._vllm_config.parallel_config.world_size:
             raise KVPolicyError("Not every worker runs its layers under the KV policy.")
-        policy = make_policy(self.config)
-        if policy is not None and policy.needs_angles and not self._has_angles:
+        if self.policy.needs_angles and not self._has_angles:
             raise KVPolicyError(
                 "--kv-policy-config merge_space=pre_rope and tau_mode=absolute_pre_rope need a "
                 "model with half-split rotary embedding and no pruning of multimodal tokens."
             )
         logger.info(
             "KV policy %s is active on %d decoder layers (%s).",
-            self.config.policy,
+            self.policy.name,
             len(layers),
-            ", ".join(f"{key}={value}" for key, value in self.config.to_mapping().items()),
+            ", ".join(f"{key}={value}" for key, value in self.policy.model_dump().items()),
         )
 
     def on_new_request(self, request: Request) -> None:
         (manager,) = self._managers
         plan = plan_request(
-            request, self.config, manager.block_size, self._hf_config, self._has_angles
+            request,
+            self.policy,
+            manager.block_size,
+            self._num_layers,
+            self._hf_config,
+            self._has_angles,
         )
         manager.plans[request.request_id] = plan
         if plan.skipped is not None:
@@ -276,5 +282,7 @@ def _describe(report: RequestReport) -> str:
     parts = [
         f"{name} kept {kept[name]:.1f} merged {merged[name]:.1f} evicted {evicted[name]:.1f}"
         for name in kept
+        if name != "text" or merged[name] or evicted[name]
     ]
-    return f"per layer: {', '.join(parts)}; {report.seconds:.4f} s"
+    entries = report.entries / report.layers
+    return f"per layer: {entries:.1f} entries, {', '.join(parts)}; {report.seconds:.4f} s"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -136,7 +137,8 @@ class KVPolicyCPUAttentionImpl(CPUAttentionBackendImpl):
         if step is not None:
             for row in step.observing:
                 cache = CPUPagedKV(self, layer, kv_cache, step.base.block_table[row.index])
-                step.worker.after_attention(row, name, query, cache, self.scale)
+                index = extract_layer_index(name)
+                step.worker.after_attention(row, name, index, query, cache, self.scale)
         return output
 
 

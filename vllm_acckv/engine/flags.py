@@ -7,10 +7,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_acckv.config import POLICIES, KVPolicyConfig, KVPolicyError
+from vllm_acckv.config import DEFAULT_POLICY, KVPolicyError, from_mapping, to_mapping
 from vllm_acckv.engine import compat
+from vllm_acckv.policies import policy_names
+
+if TYPE_CHECKING:
+    from vllm_acckv.policies.base import Policy
 
 CONFIG_KEY = "kv_policy"
 
@@ -25,7 +29,7 @@ def install() -> None:
     compat.wrap("create_engine_config", _with_policy)
 
 
-def requested(additional_config: Any) -> KVPolicyConfig | None:
+def requested(additional_config: Any) -> Policy | None:
     """The KV policy asked for in ``additional_config``, or ``None``.
 
     Raises:
@@ -34,7 +38,7 @@ def requested(additional_config: Any) -> KVPolicyConfig | None:
     if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
         return None
     value = additional_config[CONFIG_KEY]
-    return KVPolicyConfig.from_mapping({"policy": value} if isinstance(value, str) else value)
+    return from_mapping({"policy": value} if isinstance(value, str) else value)
 
 
 def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,9 +50,9 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         group.add_argument(
             "--kv-policy",
-            type=_checked("policy"),
+            type=_known_policy,
             default=None,
-            help=f"KV policy applied after prefill: one of {', '.join(POLICIES)}. "
+            help=f"KV policy applied after prefill: one of {', '.join(policy_names())}. "
             "Unset leaves vLLM as it is.",
         )
         group.add_argument(
@@ -56,14 +60,14 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             type=_checked("budget"),
             default=None,
             help="Audio-video tokens to keep: a ratio 0 < r <= 1, or a whole number of tokens "
-            f"above 1; {KVPolicyConfig.budget:g} if not given.",
+            "above 1; 0.2 for most policies if not given.",
         )
         group.add_argument(
             "--kv-tau",
             type=_checked("tau"),
             default=None,
-            help="Similarity below which a token of the less important modality is dropped, "
-            f"-1 (drop none) to 1; {KVPolicyConfig.tau:g} if not given. Write a negative value as "
+            help="AccKV's similarity below which a token of the less important modality is "
+            "dropped, -1 (drop none) to 1; 0.6 if not given. Write a negative value as "
             "--kv-tau=-1.",
         )
         group.add_argument(
@@ -79,10 +83,18 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_cli_args
 
 
+def _known_policy(text: str) -> str:
+    if text not in policy_names():
+        raise argparse.ArgumentTypeError(
+            f"--kv-policy is {text!r}; it must be one of {', '.join(policy_names())}."
+        )
+    return text
+
+
 def _checked(name: str) -> Callable[[str], Any]:
     def check(text: str) -> Any:
         try:
-            return getattr(KVPolicyConfig.from_mapping({name: text}), name)
+            return getattr(from_mapping({"policy": DEFAULT_POLICY, name: text}), name)
         except KVPolicyError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -92,13 +104,14 @@ def _checked(name: str) -> Callable[[str], Any]:
 def _json_config(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-        KVPolicyConfig.from_mapping(values)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(
             f"--kv-policy-config is {text!r}; it must be a JSON object ({error})."
         ) from None
-    except KVPolicyError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(
+            f"--kv-policy-config is {text!r}; it must be a JSON object."
+        )
     return values
 
 
@@ -131,7 +144,7 @@ def _fold(namespace: argparse.Namespace) -> None:
             "The KV policy is given both by --kv-policy and in --additional-config; use one of "
             "them."
         )
-    namespace.additional_config = {**additional, CONFIG_KEY: policy.to_mapping()}
+    namespace.additional_config = {**additional, CONFIG_KEY: to_mapping(policy)}
     for flag in _FLAGS.values():
         setattr(namespace, flag, None)
     namespace.kv_policy_config = None
@@ -146,7 +159,7 @@ def _with_sentences(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_cli_args
 
 
-def _from_flags(args: argparse.Namespace) -> KVPolicyConfig | None:
+def _from_flags(args: argparse.Namespace) -> Policy | None:
     given = {
         key: value
         for key, flag in _FLAGS.items()
@@ -166,7 +179,7 @@ def _from_flags(args: argparse.Namespace) -> KVPolicyConfig | None:
                 f"--{_FLAGS[key].replace('_', '-')} is {given[key]!r} but --kv-policy-config has "
                 f"{key}={values[key]!r}; give it once."
             )
-    return KVPolicyConfig.from_mapping({**values, **given})
+    return from_mapping({**values, **given})
 
 
 def _with_policy(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,14 +190,15 @@ def _with_policy(original: Callable[..., Any]) -> Callable[..., Any]:
             policy = requested(self.additional_config)
             if policy is None and startup_module not in sys.modules:
                 return original(self, usage_context, headless)
-            from vllm_acckv.engine import startup
+            from vllm_acckv.engine import startup, supported
 
             if policy is None:
                 startup.deactivate()
                 return original(self, usage_context, headless)
             startup.prepare(self, policy)
             config = original(self, usage_context, headless)
-            startup.check_supported(config, policy)
+            supported.check_supported(config, policy)
+            supported.check_policy(config, policy)
             return config
         except (KVPolicyError, compat.IncompatibleVLLMError) as error:
             if getattr(self, "kv_policy_from_cli", False):

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_acckv.config import KVPolicyConfig, KVPolicyError
+from vllm_acckv.config import KVPolicyError, for_request, in_request_terms
 from vllm_acckv.engine import compat, flags
+from vllm_acckv.engine.supported import check_policy
+from vllm_acckv.policies.base import Policy
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def install() -> None:
@@ -17,16 +22,20 @@ def install() -> None:
     compat.wrap("process_inputs", _with_policy_check)
 
 
-def check_request(policy: KVPolicyConfig, params: Any, resumable: bool) -> None:
+def check_request(policy: Policy, params: Any, resumable: bool, config: VllmConfig) -> None:
     """Refuse a request that the KV policy cannot serve.
 
     Raises:
         KVPolicyError: saying what to change.
     """
-    policy = policy.for_request(getattr(params, "extra_args", None))
-    if resumable and policy.policy != "full":
+    policy = for_request(policy, getattr(params, "extra_args", None))
+    try:
+        check_policy(config, policy)
+    except KVPolicyError as error:
+        raise KVPolicyError(in_request_terms(str(error))) from None
+    if resumable and policy.name != "full":
         raise KVPolicyError(
-            f"Streaming input does not work with --kv-policy {policy.policy}, because the prompt "
+            f"Streaming input does not work with --kv-policy {policy.name}, because the prompt "
             "is not complete when it is compressed; send it at once or set kv_policy to full."
         )
 
@@ -38,7 +47,7 @@ def _with_policy_check(original: Callable[..., Any]) -> Callable[..., Any]:
         policy = flags.requested(self.vllm_config.additional_config)
         if policy is not None:
             try:
-                check_request(policy, params, kwargs.get("resumable", False))
+                check_request(policy, params, kwargs.get("resumable", False), self.vllm_config)
             except KVPolicyError as error:
                 # The API server answers this with 400, any other error with 500 and no message.
                 raise VLLMValidationError(str(error)) from None

@@ -76,7 +76,7 @@ class KVPolicyPromMetrics(KVConnectorPromMetrics):
             ),
             "tokens": self._counter(
                 "tokens",
-                "Audio-video prompt tokens of compacted requests, mean over layers and KV heads.",
+                "Prompt tokens of compacted requests, mean over layers and KV heads.",
                 ["modality", "fate"],
             ),
             "skipped": self._counter(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from vllm_acckv.config import KVPolicyConfig, KVPolicyError
+from vllm_acckv.config import KVPolicyError, for_request
 from vllm_acckv.plan import Plan, make_plan
-from vllm_acckv.policies import make_policy
+from vllm_acckv.policies.base import Policy
 from vllm_acckv.spans import SPAN_HOOKS, Feature, token_modalities
 
 
@@ -31,12 +31,13 @@ class RequestLike(Protocol):
 
 def plan_request(
     request: RequestLike,
-    config: KVPolicyConfig,
+    policy: Policy,
     block_size: int,
+    num_layers: int,
     hf_config: Any,
     has_angles: bool = True,
 ) -> Plan:
-    """The plan of ``request``; a pure function of its prompt, its own settings and ``config``.
+    """The plan of ``request``; a pure function of its prompt, its own settings and ``policy``.
 
     Never raises for what a request may contain: the front end refuses wrong settings, and if one
     slips through, the request stays uncompressed on the scheduler and on the worker alike.
@@ -47,11 +48,10 @@ def plan_request(
     skipped = None
     if request.sampling_params is not None:
         try:
-            config = config.for_request(request.sampling_params.extra_args)
+            policy = for_request(policy, request.sampling_params.extra_args)
         except KVPolicyError:
             skipped = "invalid settings"
-    policy = make_policy(config)
-    if policy is not None and policy.needs_angles and not has_angles:
+    if policy.needs_angles and not has_angles:
         skipped = "unknown rotary embedding"
     model_hook = SPAN_HOOKS.get(getattr(hf_config, "model_type", ""))
     token_ids = request.prompt_token_ids
@@ -59,7 +59,7 @@ def plan_request(
     if model_hook is not None and token_ids is not None:
         hook = lambda modalities: model_hook(modalities, token_ids, hf_config)  # noqa: E731
     modalities = token_modalities(
-        request.mm_features, request.num_prompt_tokens, image_as=config.image_as, hook=hook
+        request.mm_features, request.num_prompt_tokens, image_as=policy.image_as, hook=hook
     )
-    plan = make_plan(modalities, config, block_size)
+    plan = make_plan(modalities, policy, block_size, num_layers)
     return replace(plan, skipped=skipped) if skipped is not None else plan

@@ -15,16 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm_acckv.config import KVPolicyConfig
 from vllm_acckv.engine.ranks import TensorParallelRanks
 from vllm_acckv.engine.requests import plan_request
 from vllm_acckv.metrics import RequestReport
-from vllm_acckv.movement import gather_kept
 from vllm_acckv.plan import Plan
-from vllm_acckv.policies import Policy, make_policy
-from vllm_acckv.policies.base import Prompt
+from vllm_acckv.policies.base import Compacted, Layer, Policy, Prompt
 from vllm_acckv.scores import observed_attention
-from vllm_acckv.selection import Kept, Selection, align
 
 
 class PagedKV(Protocol):
@@ -45,27 +41,23 @@ class WorkerRequest:
         request_id: vLLM's id.
         source: the runner's own object for the request; a new object means a new request.
         plan: the plan, equal to the scheduler's by construction.
-        policy: the policy of the request, ``None`` if it keeps everything.
         prompt: the compressed part of the prompt on the device, ``None`` if nothing is.
-        scores: per layer, fp32 ``[G, end]`` attention observed so far.
-        freed: per layer, leading blocks it left empty.
-        report: sums over the layers compacted so far.
+        observed: indices of the layers whose attention some layer's decision needs.
+        scores: per layer index, fp32 ``[G, end]`` attention observed so far.
+        freed: per layer name, leading blocks it left empty.
+        fates: token counts of the layers compacted so far, fp32 ``[3, 3]`` on the device.
+        report: the other sums over those layers.
     """
 
     request_id: str
     source: Any
     plan: Plan
-    policy: Policy | None
     prompt: Prompt | None
-    scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    observed: frozenset[int]
+    scores: dict[int, torch.Tensor] = field(default_factory=dict)
     freed: dict[str, int] = field(default_factory=dict)
+    fates: torch.Tensor | float = 0.0
     report: RequestReport = field(default_factory=RequestReport)
-
-    @property
-    def first_query(self) -> int:
-        """First token whose query the policy observes."""
-        assert self.policy is not None
-        return self.policy.first_query(self.plan.text_start)
 
     def freed_blocks(self, layer_name: str) -> int:
         """Leading blocks the layer left empty.
@@ -96,10 +88,15 @@ class Row:
     def compacted(self) -> bool:
         return self.computed >= self.request.plan.end
 
+    @property
+    def compacts(self) -> bool:
+        """Whether this chunk ends the part of the prompt that is compressed."""
+        return self.computed < self.request.plan.end <= self.computed + self.scheduled
+
     def observed(self) -> tuple[int, int]:
         """Tokens ``[first, last)`` of this chunk whose queries the policy observes."""
         last = min(self.computed + self.scheduled, self.request.plan.end)
-        return max(self.computed, self.request.first_query), last
+        return max(self.computed, self.request.plan.first_query), last
 
 
 class PolicyWorker:
@@ -107,15 +104,17 @@ class PolicyWorker:
 
     def __init__(
         self,
-        config: KVPolicyConfig,
+        policy: Policy,
         block_size: int,
+        num_layers: int,
         device: torch.device,
         ranks: TensorParallelRanks,
         hf_config: Any,
         has_angles: bool,
     ) -> None:
-        self.config = config
+        self.policy = policy
         self.block_size = block_size
+        self.num_layers = num_layers
         self.device = device
         self.ranks = ranks
         self.hf_config = hf_config
@@ -143,20 +142,21 @@ class PolicyWorker:
         known = self.requests.get(request_id)
         if known is not None and known.source is source:
             return known
-        plan = plan_request(source, self.config, self.block_size, self.hf_config, self.has_angles)
-        policy = make_policy(plan.config) if plan.active else None
-        prompt = None
-        if policy is not None:
-            modality = torch.from_numpy(plan.modalities).to(self.device)
-            prompt = Prompt(
-                modality,
-                plan.text_start,
-                plan.keep,
-                angles(plan.end) if policy.needs_angles else None,
-            )
-        known = WorkerRequest(request_id, source, plan, policy, prompt)
+        plan = plan_request(
+            source, self.policy, self.block_size, self.num_layers, self.hf_config, self.has_angles
+        )
+        prompt, observed = None, frozenset[int]()
+        if plan.active:
+            needed = angles(plan.end) if plan.policy.needs_angles else None
+            prompt = Prompt.of(plan.layout, self.device, needed)
+            deciding = filter(plan.compacts, range(self.num_layers))
+            observed = frozenset(plan.policy.score_layer(self._layer(index)) for index in deciding)
+        known = WorkerRequest(request_id, source, plan, prompt, observed)
         self.requests[request_id] = known
         return known
+
+    def _layer(self, index: int) -> Layer:
+        return Layer(index, self.num_layers, self.ranks)
 
     def forget_all_but(self, request_ids: Iterable[str]) -> None:
         """Drop requests the runner no longer has."""
@@ -191,84 +191,127 @@ class PolicyWorker:
             scheduled = query_start[index + 1] - query_start[index]
             row = Row(index, request, seq_lens[index] - scheduled, scheduled, query_start[index])
             first, last = row.observed()
-            if row.compacted or first < last:
+            if row.compacted or row.compacts or first < last:
                 rows.append(row)
         return rows
 
     def after_attention(
-        self, row: Row, layer_name: str, query: torch.Tensor, cache: PagedKV, scale: float
+        self,
+        row: Row,
+        layer_name: str,
+        index: int,
+        query: torch.Tensor,
+        cache: PagedKV,
+        scale: float,
     ) -> None:
         """Observe this chunk's queries; compact the layer if the chunk reaches the end.
 
         Args:
+            layer_name, index: vLLM's name of the layer and its place in the model.
             query: ``[tokens, H, D]`` queries of the whole batch.
             cache: the request's cache in this layer, holding this chunk already.
             scale: softmax scale.
         """
         started = time.perf_counter()
         request, plan = row.request, row.request.plan
-        assert request.policy is not None
         first, last = row.observed()
-        key, value = cache.read(last)
-        offset = row.query_start - row.computed
-        scores = observed_attention(
-            query[offset + first : offset + last],
-            key,
-            first,
-            scale,
-            request.policy.weights(plan.end, plan.text_start),
-        )
-        scores = torch.nn.functional.pad(scores, (0, plan.end - last))
-        if first > request.first_query:
-            scores += request.scores[layer_name]
-        request.scores[layer_name] = scores
-        if last == plan.end:
-            self._compact(request, layer_name, key, value, cache)
+        observes = index in request.observed and first < last
+        compacts = row.compacts and plan.compacts(index)
+        if row.compacts and layer_name in request.freed:  # once more, after a preemption
+            request.freed.clear()
+            request.report, request.fates = RequestReport(), 0.0
+        if observes or compacts:
+            key, value = cache.read(last)
+            if observes:
+                offset = row.query_start - row.computed
+                rows = query[offset + first : offset + last]
+                self._observe(request, index, rows, key, first, scale)
+            if compacts:
+                self._compact(request, layer_name, index, key, value, cache)
+        if row.compacts and not compacts:
+            self._leave_alone(request, layer_name)
         request.report.seconds += time.perf_counter() - started
+
+    def _observe(
+        self,
+        request: WorkerRequest,
+        index: int,
+        rows: torch.Tensor,
+        key: torch.Tensor,
+        first: int,
+        scale: float,
+    ) -> None:
+        """Add the attention of ``rows`` ``[n, H, D]``, which start at token ``first``."""
+        plan = request.plan
+        scores = observed_attention(rows, key, first, scale, plan.policy.weights(plan.layout))
+        scores = torch.nn.functional.pad(scores, (0, plan.end - key.shape[1]))
+        if first > plan.first_query:
+            scores += request.scores[index]
+        request.scores[index] = scores
 
     def _compact(
         self,
         request: WorkerRequest,
         layer_name: str,
+        index: int,
         key: torch.Tensor,
         value: torch.Tensor,
         cache: PagedKV,
     ) -> None:
-        assert request.policy is not None and request.prompt is not None
-        if layer_name in request.freed:  # computed again after a preemption
-            request.freed.clear()
-            request.report = RequestReport()
-        scores = request.scores.pop(layer_name)
-        selection = request.policy.select(scores, key, value, request.prompt, self.ranks)
-        kept = align(selection, self.block_size, self.ranks)
-        if kept.freed_blocks < request.plan.freed_blocks:
+        assert request.prompt is not None
+        plan, layer = request.plan, self._layer(index)
+        source = plan.policy.score_layer(layer)
+        # A layer of FastV needs the scores of a lower one, and leaves them to the next.
+        take = request.scores.pop if source == index else request.scores.get
+        scores = take(source, None)
+        if scores is None:  # the policy observes nothing
+            scores = key.new_zeros(key.shape[:2], dtype=torch.float32)
+        done = plan.policy.compact(scores, key, value, request.prompt, layer, self.block_size)
+        if done.kept.freed_blocks < (plan.end - plan.entries[index]) // self.block_size:
             raise RuntimeError(
                 f"{layer_name} keeps more entries of request {request.request_id} than planned."
             )
-        cache.write(kept.freed_blocks * self.block_size, *gather_kept(kept, key, value))
-        request.freed[layer_name] = kept.freed_blocks
+        cache.write(done.kept.freed_blocks * self.block_size, done.key, done.value)
         if self.records is not None:
-            record = _record(kept, selection)
+            record = _record(done)
             self.records.setdefault(request.request_id, {})[layer_name] = record
+        request.fates = request.fates + done.kept.fates(request.prompt.modality)
+        self._count(request, layer_name, done.kept.freed_blocks)
+
+    def _leave_alone(self, request: WorkerRequest, layer_name: str) -> None:
+        """Count a layer that keeps everything."""
+        kept = torch.zeros(3, 3)
+        kept[0] = torch.tensor(request.plan.layout.counts)
+        request.fates = request.fates + kept.to(self.device)
+        self._count(request, layer_name, 0)
+
+    def _count(self, request: WorkerRequest, layer_name: str, freed_blocks: int) -> None:
+        request.freed[layer_name] = freed_blocks
         if not request.report.layers:
             self._reported.append(request)
-        request.report.add_layer(request.prompt.modality, kept)
+        request.report.layers += 1
+        request.report.entries += request.plan.end - freed_blocks * self.block_size
 
     def take_reports(self) -> dict[str, RequestReport]:
-        """Reports of the requests compacted since the last call."""
+        """Reports of the requests compacted since the last call; reads their counts from the
+        device, once per request."""
+        for request in self._reported:
+            assert isinstance(request.fates, torch.Tensor)
+            request.report.count(request.fates.tolist())
         reports = {request.request_id: request.report for request in self._reported}
         self._reported = []
         return reports
 
 
-def _record(kept: Kept, selection: Selection) -> dict[str, Any]:
+def _record(done: Compacted) -> dict[str, Any]:
     """JSON-able form of what a layer kept: per KV head, token indices and merged modalities."""
+    kept, weight = done.kept, done.selection.video_weight
     merged: list[list[int]] = [[] for _ in kept.tokens]
     if kept.merged is not None:
         merged = [kept.merged.modality[valid].tolist() for valid in kept.merged.valid]
     return {
         "freed_blocks": kept.freed_blocks,
-        "video_weight": selection.video_weight.tolist(),
+        "video_weight": [] if weight is None else weight.tolist(),
         "tokens": [head.nonzero().flatten().tolist() for head in kept.tokens],
         "merged": merged,
     }

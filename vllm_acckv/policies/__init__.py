@@ -1,22 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV policies: pure PyTorch, no engine. One file per policy, one row in :data:`TABLE`."""
+"""KV policies: engine-free PyTorch, one module per policy, one row in :data:`BUILT_IN`.
+
+Nothing is imported before a policy is made, so that a command line can name them all for free.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
-from vllm_acckv.config import KVPolicyConfig
-from vllm_acckv.policies.acckv import AccKV
-from vllm_acckv.policies.base import Policy
+from vllm_acckv.config import KVPolicyError, from_mapping
 
-# Names as in ``vllm_acckv.config.POLICIES``; ``full`` compresses nothing.
-TABLE: dict[str, Callable[[KVPolicyConfig], Policy] | None] = {"acckv": AccKV, "full": None}
+if TYPE_CHECKING:
+    from vllm_acckv.policies.base import Policy
+
+GROUP = "vllm_acckv.policies"
+
+BUILT_IN = {
+    "acckv": "vllm_acckv.policies.acckv:AccKV",
+    "drop_audio": "vllm_acckv.policies.drop:DropAudio",
+    "drop_video": "vllm_acckv.policies.drop:DropVideo",
+    "fastv": "vllm_acckv.policies.fastv:FastV",
+    "full": "vllm_acckv.policies.full:Full",
+    "h2o": "vllm_acckv.policies.h2o:H2O",
+    "lookm": "vllm_acckv.policies.lookm:LookM",
+    "position_prior": "vllm_acckv.policies.position_prior:PositionPrior",
+    "pyramidkv": "vllm_acckv.policies.pyramidkv:PyramidKV",
+    "random": "vllm_acckv.policies.random:Random",
+    "recent": "vllm_acckv.policies.recent:Recent",
+    "snapkv": "vllm_acckv.policies.snapkv:SnapKV",
+    "streaming": "vllm_acckv.policies.streaming:Streaming",
+}
 
 
-def make_policy(config: KVPolicyConfig) -> Policy | None:
-    """The policy that ``config`` names, or ``None`` for one that keeps everything."""
-    make = TABLE[config.policy]
-    return None if make is None else make(config)
+def policy_names() -> tuple[str, ...]:
+    """Every policy that can be asked for: built in, or an entry point ``vllm_acckv.policies``."""
+    return (*BUILT_IN, *sorted({entry.name for entry in _entries()} - BUILT_IN.keys()))
 
 
-__all__ = ["TABLE", "AccKV", "Policy", "make_policy"]
+def policy_class(name: str) -> type[Policy]:
+    """The class of a policy.
+
+    Raises:
+        KVPolicyError: for an unknown name, or an entry point that cannot be loaded.
+    """
+    from vllm_acckv.policies.base import Policy
+
+    entries = [entry for entry in _entries() if entry.name == name]
+    if name in BUILT_IN:
+        entries = [EntryPoint(name, BUILT_IN[name], GROUP), *entries]
+    if not entries:
+        raise KVPolicyError(
+            f"--kv-policy is {name!r}; it must be one of {', '.join(policy_names())}."
+        )
+    if len(entries) > 1:
+        raise KVPolicyError(
+            f"Several packages define the KV policy {name!r} "
+            f"({', '.join(entry.value for entry in entries)}); uninstall all but one."
+        )
+    try:
+        found = entries[0].load()
+    except (ImportError, AttributeError) as error:
+        raise KVPolicyError(
+            f"The KV policy {name!r} cannot be loaded from {entries[0].value} ({error}); repair or "
+            "uninstall its package."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise KVPolicyError(
+            f"The KV policy {name!r} of {entries[0].value} is not a subclass of "
+            "vllm_acckv.policies.base.Policy; repair or uninstall its package."
+        )
+    return found
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    """A policy by name, for example ``make_policy("acckv", budget=0.2, tau=0.9)``.
+
+    Args:
+        options: fields of the policy's class; ``preset`` where the class has presets.
+
+    Raises:
+        KVPolicyError: (a ``ValueError``) for an unknown name or option, or a value outside its
+            range.
+    """
+    return from_mapping({"policy": name, **options})
+
+
+def _entries() -> list[EntryPoint]:
+    return list(entry_points(group=GROUP))
+
+
+__all__ = ["BUILT_IN", "GROUP", "make_policy", "policy_class", "policy_names"]

@@ -2,22 +2,48 @@
 """AccKV: adaptive focusing and cross-calibration (arXiv 2511.11106).
 
 Equation numbers are the paper's. Where the paper is ambiguous or misprinted the choice and its
-reason stand in docs/design.md; every literal behaviour stays available as an option.
+reason stand in docs/policies.md; every literal behaviour stays available as an option.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
+import pydantic
 import torch
+from pydantic_core import PydanticCustomError
 
-from vllm_acckv.config import KVPolicyConfig
-from vllm_acckv.policies.base import Prompt
+from vllm_acckv.policies.base import Layer, Number, Policy, Prompt
 from vllm_acckv.policies.rotary import rotate, unrotate
 from vllm_acckv.scores import Weights
-from vllm_acckv.selection import Merged, Ranks, Selection
-from vllm_acckv.spans import AUDIO, TEXT, VIDEO
+from vllm_acckv.selection import Merged, Selection, ranked
+from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
+
+# What ``preset`` stands for: the letter of the paper (with the one correction without which eq. 8-9
+# make no sense), and the reading that undoes its errata; see docs/policies.md.
+PAPER: Mapping[str, Any] = {
+    "redistribution": "paper",
+    "head_mode": "layer",
+    "tau_mode": "absolute",
+    "merge_space": "post_rope",
+    "budget_scope": "av",
+}
+CORRECTED: Mapping[str, Any] = {
+    "redistribution": "visible",
+    "head_mode": "layer",
+    "tau_mode": "absolute_pre_rope",
+    "merge_space": "pre_rope",
+    "budget_scope": "total",
+}
+
+
+def _valid_tau(value: float, info: pydantic.ValidationInfo) -> float:
+    low = 0 if info.data.get("tau_mode") == "quantile" else -1
+    if not low <= value <= 1:
+        raise PydanticCustomError("tau", f"Input should be a number in [{low}, 1]")
+    return value
 
 
 @dataclass(frozen=True)
@@ -35,48 +61,96 @@ class _Focus:
     video_weight: torch.Tensor
 
 
-class AccKV:
-    """The policy of the paper; options as in :class:`vllm_acckv.config.KVPolicyConfig`."""
+class AccKV(Policy):
+    """The policy of the paper. Its three modules are ``redistribution`` (A-R), ``focusing``
+    (A-F) and ``calibration`` (C-C); Table 6 switches them off one after the other.
 
-    def __init__(self, config: KVPolicyConfig) -> None:
-        self.config = config
-        self.needs_angles = config.calibration and (
-            config.tau_mode == "absolute_pre_rope" or config.merge_space == "pre_rope"
+    Attributes:
+        tau_mode: cosine of the cached keys (``absolute``), of the keys before rotary embedding
+            (``absolute_pre_rope``), or the ``quantile`` of each layer's own similarities.
+        tau: similarity below which a low-priority token is dropped (eq. 17). The paper uses
+            0.6 and 0.9 and names no default.
+        redistribution: eq. 1 as printed (``paper``), corrected for the rows that are summed
+            (``visible``), or not at all (``off``).
+        focusing: weigh tokens by the attention their modality gets in the layer (eq. 3-5).
+        calibration: merge inside each modality and filter by similarity (eq. 8-18).
+        head_mode: one selection per ``layer``, or one per KV ``head``.
+        merge_space: average keys as cached (``post_rope``), or un-rotated and rotated back to
+            the mean position (``pre_rope``).
+        keep_prefix: keep text in front of and between the clips (the paper's eq. 17 would drop
+            it together with the attention sink).
+        min_per_modality: keep the best token of a modality that has no heavy hitter (eq. 8-9).
+        strict_budget: that token comes on top of the budget (``off``, as in the paper), in place
+            of one of the other modality (``tokens``), and the merged entries count in the
+            budget, too (``entries``).
+        filter_merged: the filter may drop the merged entry as well (eq. 17).
+        min_keep_low: heavy hitters of the low-priority modality that the filter never drops.
+    """
+
+    name: ClassVar[str] = "acckv"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER, "corrected": CORRECTED}
+    needs_trailing_text: ClassVar[bool] = True
+
+    # In front of tau, whose range depends on it.
+    tau_mode: Literal["absolute", "absolute_pre_rope", "quantile"] = "absolute"
+    tau: Annotated[Number, pydantic.AfterValidator(_valid_tau)] = 0.6
+    redistribution: Literal["paper", "visible", "off"] = "paper"
+    focusing: bool = True
+    calibration: bool = True
+    head_mode: Literal["layer", "head"] = "layer"
+    merge_space: Literal["post_rope", "pre_rope"] = "post_rope"
+    keep_prefix: bool = True
+    min_per_modality: bool = True
+    strict_budget: Literal["off", "tokens", "entries"] = "off"
+    filter_merged: bool = True
+    min_keep_low: Annotated[int, pydantic.Field(ge=0)] = 0
+
+    @property
+    def needs_angles(self) -> bool:
+        return self.calibration and (
+            self.tau_mode == "absolute_pre_rope" or self.merge_space == "pre_rope"
         )
 
-    def budget(
-        self, *, video: int, audio: int, prefix_text: int, trailing_text: int
-    ) -> tuple[int, int]:
-        config = self.config
-        total = video + audio
-        text = trailing_text + (prefix_text if config.keep_prefix else 0)
-        present = (video > 0) + (audio > 0)
-        merged = present if config.calibration else 0
-        if config.budget_scope == "av":
-            keep = self._tokens(total)
+    def heavy_hitters(self, layout: Layout) -> int:
+        """k of eq. 7: audio-video tokens to select before merging."""
+        if self.budget_scope == "av":
+            merged = self._merged(layout) if self.strict_budget == "entries" else 0
+            keep = self.tokens(layout.av)
         else:
-            keep = max(0, self._tokens(total + prefix_text + trailing_text) - text - merged)
-        keep = min(keep, total)
-        # Eq. 8-9 lift a modality without a heavy hitter to one token, beyond k (erratum E1).
-        entries = min(max(keep + 1, present), total) + merged if config.calibration else keep
-        return keep, min(text + entries, total + prefix_text + trailing_text)
+            merged = self._merged(layout)
+            keep = self.tokens(layout.length) - self._text(layout)
+        if keep >= layout.av:
+            return layout.av
+        return max(0, keep - merged)
 
-    def _tokens(self, whole: int) -> int:
-        budget = self.config.budget
-        return math.floor(budget * whole + 0.5) if budget <= 1 else int(budget)
+    def _text(self, layout: Layout) -> int:
+        return layout.text if self.keep_prefix else layout.trailing_text
 
-    def first_query(self, text_start: int) -> int:
-        return text_start
+    def _merged(self, layout: Layout) -> int:
+        return len(layout.present) if self.calibration else 0
 
-    def weights(self, length: int, text_start: int) -> Weights | None:
+    def entries(self, layout: Layout, layer: Layer) -> int:
+        keep = self.heavy_hitters(layout)
+        if keep >= layout.av:
+            return layout.length
+        if self.calibration and self.min_per_modality:
+            # Eq. 8-9 lift a modality without a heavy hitter to one token, beyond k (erratum E1).
+            lifted = keep if self.strict_budget != "off" else keep + 1
+            keep = min(max(lifted, len(layout.present)), layout.av)
+        return min(self._text(layout) + keep + self._merged(layout), layout.length)
+
+    def first_query(self, layout: Layout) -> int:
+        return layout.text_start
+
+    def weights(self, layout: Layout) -> Weights | None:
         """Attention redistribution, eq. 1. ``visible`` undoes the bias that the summed rows
         really have: every audio-video column is seen by all of them (erratum E2)."""
-        if self.config.redistribution == "off":
+        if self.redistribution == "off":
             return None
-        floor = text_start if self.config.redistribution == "visible" else 0
+        floor = layout.text_start if self.redistribution == "visible" else 0
 
         def factor(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            return (rows + 1).float() / (length - columns.clamp(min=floor)).float()
+            return (rows + 1).float() / (layout.length - columns.clamp(min=floor)).float()
 
         return factor
 
@@ -86,68 +160,74 @@ class AccKV:
         key: torch.Tensor,
         value: torch.Tensor,
         prompt: Prompt,
-        ranks: Ranks,
+        layer: Layer,
     ) -> Selection:
-        modality = prompt.modality
-        if self.config.head_mode == "layer":
-            scores = ranks.mean(scores.mean(0, keepdim=True))
+        if self.head_mode == "layer":
+            scores = layer.ranks.mean(scores.mean(0, keepdim=True))
         focus = self._focus(scores, prompt)
-        num_heads, length = key.shape[:2]
         keep = focus.top
-        rejected = torch.zeros_like(keep)
+        filtered = rejected = torch.zeros_like(keep)
         merged = None
-        if self.config.calibration:
+        if self.calibration:
             merged = self._merge(focus.top, key, value, prompt)
-            if _present(modality, VIDEO) and _present(modality, AUDIO):
-                rejected, merged = self._calibrate(focus, key, merged, prompt, ranks)
+            if len(prompt.layout.present) == 2:
+                filtered, rejected, merged = self._calibrate(focus, key, merged, prompt, layer)
                 keep = keep & ~rejected
-        text = modality == TEXT
-        if not self.config.keep_prefix:
-            text = text & (torch.arange(length, device=text.device) >= prompt.text_start)
+        text = prompt.modality == TEXT
+        if not self.keep_prefix:
+            position = torch.arange(len(text), device=text.device)
+            text = text & (position >= prompt.layout.text_start)
         keep = keep | text
-        fill_rank = _fill_rank(focus.scores, keep, rejected, modality)
-        return Selection(
-            keep.expand(num_heads, length),
-            fill_rank.expand(num_heads, length),
-            merged,
-            focus.video_weight,
-        )
+        fill_rank = _fill_rank(focus.scores, keep, rejected, prompt.modality)
+        size = None if self.calibration else self.entries(prompt.layout, layer)
+        return Selection(keep, fill_rank, size, merged, focus.video_weight, filtered, rejected)
 
     def _focus(self, scores: torch.Tensor, prompt: Prompt) -> _Focus:
         """Adaptive focusing (eq. 3-5) and the heavy hitters (eq. 6-10)."""
         video, audio = prompt.modality == VIDEO, prompt.modality == AUDIO
-        num_video, num_audio = int(video.sum()), int(audio.sum())
+        _, num_video, num_audio = prompt.layout.counts
         if num_video and num_audio:
             mean_video = (scores * video).sum(1) / num_video
             mean_audio = (scores * audio).sum(1) / num_audio
             weight = mean_video / (mean_video + mean_audio)
             weight = torch.where(weight.isfinite(), weight, 0.5)
-            if self.config.focusing:
+            if self.focusing:
                 scores = scores * torch.where(video, weight[:, None], 1 - weight[:, None])
         else:
             weight = torch.full_like(scores[:, 0], 1.0 if num_video else 0.0)
         av = video | audio
-        order = scores.masked_fill(~av, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        rank = order.argsort(dim=1)
-        top = (rank < prompt.budget) & av
-        if self.config.calibration:
-            for mask in (video, audio):
-                # The best token of m is the one with the lowest rank among m.
-                best = rank.masked_fill(~mask, scores.shape[1]).amin(1, keepdim=True)
-                top = top | ((rank == best) & mask & ~(top & mask).any(1, keepdim=True))
+        rank = ranked(scores.masked_fill(~av, -torch.inf))
+        top = (rank < self.heavy_hitters(prompt.layout)) & av
+        if self.calibration and self.min_per_modality:
+            top = self._at_least_one(top, rank, video, audio)
         return _Focus(scores, top, weight)
+
+    def _at_least_one(
+        self, top: torch.Tensor, rank: torch.Tensor, video: torch.Tensor, audio: torch.Tensor
+    ) -> torch.Tensor:
+        """Lift a modality without a heavy hitter to its best token (eq. 8-9)."""
+        for mask, others in ((video, top & audio), (audio, top & video)):
+            # The best token of m is the one with the lowest rank among m.
+            best = rank.masked_fill(~mask, rank.shape[1]).amin(1, keepdim=True)
+            lifted = (rank == best) & mask & ~(top & mask).any(1, keepdim=True)
+            if self.strict_budget != "off":
+                worst = rank.masked_fill(~others, -1).amax(1, keepdim=True)
+                gives = lifted.any(1, keepdim=True) & (others.sum(1, keepdim=True) > 1)
+                top = top & ~(gives & (rank == worst))
+            top = top | lifted
+        return top
 
     def _merge(
         self, top: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prompt: Prompt
     ) -> Merged:
         """One entry per modality for its tokens that are no heavy hitters (eq. 11-14)."""
-        kinds = [code for code in (VIDEO, AUDIO) if _present(prompt.modality, code)]
+        kinds = prompt.layout.present
         modality = torch.tensor(kinds, dtype=torch.int8, device=top.device)
         sources = (prompt.modality == modality[:, None]) & ~top[:, None, :]
         sources = sources.expand(key.shape[0], len(kinds), key.shape[1])
         count = sources.sum(-1, keepdim=True).clamp(min=1)
         mean = sources.float() / count
-        if self.config.merge_space == "pre_rope":
+        if self.merge_space == "pre_rope":
             assert prompt.angles is not None
             plain = mean @ unrotate(key.float(), prompt.angles)
             merged_key = rotate(plain, mean @ prompt.angles)
@@ -167,12 +247,13 @@ class AccKV:
         key: torch.Tensor,
         merged: Merged,
         prompt: Prompt,
-        ranks: Ranks,
-    ) -> tuple[torch.Tensor, Merged]:
+        layer: Layer,
+    ) -> tuple[torch.Tensor, torch.Tensor, Merged]:
         """Filter the low-priority modality by its similarity to the other (eq. 15-18).
 
         Returns:
-            bool ``[S, l]`` heavy hitters to drop, and the merged entries that remain.
+            bool ``[S, l]`` heavy hitters that were looked at, those of them to drop, and the
+            merged entries that remain.
         """
         unit, merged_unit = self._directions(key, merged, prompt)
         # The mean cosine to all anchors is the product with the mean of their directions, so
@@ -186,22 +267,27 @@ class AccKV:
         centre = total / (anchor.sum(1, keepdim=True) + anchor_merged.sum(1, keepdim=True))
         similarity = torch.einsum("gld,gd->gl", unit, centre)
         merged_similarity = torch.einsum("gmd,gd->gm", merged_unit, centre)
-        if self.config.head_mode == "layer":
-            similarity = ranks.mean(similarity.mean(0, keepdim=True))
-            merged_similarity = ranks.mean(merged_similarity.mean(0, keepdim=True))
+        if self.head_mode == "layer":
+            similarity = layer.ranks.mean(similarity.mean(0, keepdim=True))
+            merged_similarity = layer.ranks.mean(merged_similarity.mean(0, keepdim=True))
         low = focus.top & (is_video != video_first)
         low_merged = merged.valid & ((merged.modality == VIDEO) != video_first)
+        if not self.filter_merged:
+            low_merged = torch.zeros_like(low_merged)
         threshold = self._threshold(similarity, low, merged_similarity, low_merged)
-        valid = merged.valid & ~(low_merged & (merged_similarity < threshold))
         rejected = low & (similarity < threshold)
-        return rejected, Merged(merged.key, merged.value, valid, merged.sources, merged.modality)
+        if self.min_keep_low:
+            rank = ranked(focus.scores.masked_fill(~low, -torch.inf))
+            rejected = rejected & (rank >= self.min_keep_low)
+        valid = merged.valid & ~(low_merged & (merged_similarity < threshold))
+        return low, rejected, replace(merged, valid=valid)
 
     def _directions(
         self, key: torch.Tensor, merged: Merged, prompt: Prompt
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit keys of tokens ``[G, l, D]`` and of merged entries ``[G, M, D]``, fp32."""
         key, merged_key = key.float(), merged.key.float()
-        if self.config.tau_mode == "absolute_pre_rope":
+        if self.tau_mode == "absolute_pre_rope":
             assert prompt.angles is not None
             key = unrotate(key, prompt.angles)
             count = merged.sources.sum(-1, keepdim=True).clamp(min=1)
@@ -216,18 +302,12 @@ class AccKV:
         merged_similarity: torch.Tensor,
         low_merged: torch.Tensor,
     ) -> float | torch.Tensor:
-        if self.config.tau_mode != "quantile":
-            return self.config.tau
+        if self.tau_mode != "quantile":
+            return self.tau
         rows = similarity.shape[0]
         values = torch.cat([similarity, merged_similarity.expand(rows, -1)], 1)
         considered = torch.cat([low, low_merged[:rows]], 1)
-        return values.masked_fill(~considered, torch.nan).nanquantile(
-            self.config.tau, dim=1, keepdim=True
-        )
-
-
-def _present(modality: torch.Tensor, code: int) -> bool:
-    return bool((modality == code).any())
+        return values.masked_fill(~considered, torch.nan).nanquantile(self.tau, dim=1, keepdim=True)
 
 
 def _fill_rank(

@@ -1,55 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine asks of a policy."""
+"""The interface of a KV policy.
+
+A policy answers two kinds of questions. From the prompt's layout alone, on the host: how many
+entries will a layer keep at most, which query rows does it look at (:meth:`Policy.entries`,
+:meth:`Policy.first_query`). From keys, values and observed attention, on the device and without
+waiting for it: which tokens (:meth:`Policy.select`). vLLM and the Hugging Face runner call
+:meth:`Policy.compact` with what they observed; :meth:`Policy.compress` does all of it for tensors
+at hand.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import pydantic
 import torch
+from pydantic_core import PydanticCustomError
+
+from vllm_acckv.movement import gather_kept
+from vllm_acckv.selection import Kept, Ranks, Selection, SingleRank, align
+from vllm_acckv.spans import Layout
 
 if TYPE_CHECKING:
+    from vllm_acckv.policies.compression import Compressed
     from vllm_acckv.scores import Weights
-    from vllm_acckv.selection import Ranks, Selection
+
+
+def _number(value: Any) -> Any:
+    """Requests and command lines bring numbers as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _valid_budget(value: float) -> float:
+    if value <= 0 or (value > 1 and value != int(value)):
+        raise PydanticCustomError(
+            "budget", "Input should be a ratio in (0, 1] or a whole number above 1"
+        )
+    return value
+
+
+Number = Annotated[
+    float, pydantic.BeforeValidator(_number), pydantic.Field(strict=True, allow_inf_nan=False)
+]
+Budget = Annotated[Number, pydantic.AfterValidator(_valid_budget)]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The part of a prompt that is compressed, as the policy sees it.
+    """The part of a prompt that is compressed, as a policy sees it.
 
     Attributes:
-        modality: int8 ``[l]`` on the device of the cache.
-        text_start: first token after the last audio-video token.
-        budget: audio-video tokens to select (k).
-        angles: fp32 ``[l, D/2]`` rotary angle of every token and frequency, for policies that
-            look at keys before rotary embedding; ``None`` where the engine has none.
+        layout: the modalities on the host.
+        modality: the same on the device of the cache, int8 ``[l]``.
+        angles: fp32 ``[l, R/2]`` rotary angle of every token and frequency, for policies that
+            look at keys before rotary embedding (:attr:`Policy.needs_angles`).
     """
 
+    layout: Layout
     modality: torch.Tensor
-    text_start: int
-    budget: int
     angles: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device, angles: torch.Tensor | None = None) -> Prompt:
+        return cls(layout, torch.from_numpy(layout.modalities).to(device), angles)
 
-class Policy(Protocol):
-    """A KV policy that observes some query rows and then decides once per layer."""
 
-    needs_angles: bool
+@dataclass(frozen=True)
+class Layer:
+    """Which layer of how many a decision is for.
 
-    def budget(
-        self, *, video: int, audio: int, prefix_text: int, trailing_text: int
-    ) -> tuple[int, int]:
-        """``(k, most entries a layer keeps)`` for a prompt with these token counts.
+    Attributes:
+        index: 0 for the layer next to the embedding.
+        count: decoder layers of the model.
+        ranks: the tensor-parallel ranks that hold the layer's other heads.
+    """
 
-        The second number is what the block manager relies on: no decision of :meth:`select` may
-        exceed it.
+    index: int = 0
+    count: int = 1
+    ranks: Ranks = field(default_factory=SingleRank)
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """A layer after compaction.
+
+    Attributes:
+        key, value: ``[G, L, D]`` entries in their new order.
+        positions: int64 ``[G, L]``, position of each entry in the prompt, -1 for merged ones.
+        kept: what stays, rounded up to whole blocks.
+        selection: what the policy wanted.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    positions: torch.Tensor
+    kept: Kept
+    selection: Selection
+
+
+class Policy(pydantic.BaseModel):
+    """A KV policy that observes some query rows of a prompt and then decides once per layer.
+
+    Attributes:
+        budget: how much to keep: a ratio ``0 < r <= 1`` or a whole number of tokens ``> 1``.
+        budget_scope: what ``budget`` counts. ``av``: audio-video tokens; text comes on top.
+            ``total``: all entries of the prompt.
+        image_as: treat image tokens as ``video``, or as ``text``.
+        compress_before_last_token: compress before the last prompt token is computed, so that
+            the first answer token already sees the compressed cache.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    # Whether nothing can be decided without text after the last clip.
+    needs_trailing_text: ClassVar[bool] = False
+
+    budget: Budget = 0.2
+    budget_scope: Literal["av", "total"] = "av"
+    image_as: Literal["video", "text"] = "video"
+    compress_before_last_token: bool = False
+
+    # Known from the layout, on the host
+
+    def tokens(self, whole: int) -> int:
+        """``budget`` of ``whole`` tokens, rounded half up; at most ``whole``."""
+        budget = self.budget
+        return min(math.floor(budget * whole + 0.5) if budget <= 1 else int(budget), whole)
+
+    def capacity(self, layout: Layout) -> int:
+        """KV entries a layer may keep: the same number for every policy with this budget."""
+        if self.budget_scope == "av":
+            return layout.text + self.tokens(layout.av)
+        return self.tokens(layout.length)
+
+    def entries(self, layout: Layout, layer: Layer) -> int:
+        """Most entries the layer keeps.
+
+        The block manager frees by this number: no decision of :meth:`select` may exceed it. vLLM
+        leaves a layer alone that keeps ``layout.length`` entries.
+        """
+        raise NotImplementedError
+
+    def first_query(self, layout: Layout) -> int:
+        """First token whose query row is observed; all later ones are observed too.
+        ``layout.length`` for a policy that observes none."""
+        return layout.length
+
+    def score_layer(self, layer: Layer) -> int:
+        """Index of the layer whose observed attention decides ``layer``."""
+        return layer.index
+
+    def check(self, num_layers: int, pipeline_stages: int = 1) -> None:
+        """Refuse a model this policy cannot serve.
+
+        Raises:
+            KVPolicyError: saying what to change.
         """
 
-    def first_query(self, text_start: int) -> int:
-        """First token whose query row is observed; all later rows are observed too."""
+    @property
+    def evicts_at_decode(self) -> bool:
+        """Whether entries are dropped after prefill, too, which only the Hugging Face runner
+        can do."""
+        return False
 
-    def weights(self, length: int, text_start: int) -> Weights | None:
+    @property
+    def needs_angles(self) -> bool:
+        """Whether :meth:`select` needs :attr:`Prompt.angles`."""
+        return False
+
+    # On the device, without waiting for it
+
+    def weights(self, layout: Layout) -> Weights | None:
         """Factor on each observed probability, see :func:`vllm_acckv.scores.observed_attention`."""
+        return None
 
     def select(
         self,
@@ -57,13 +190,60 @@ class Policy(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         prompt: Prompt,
-        ranks: Ranks,
+        layer: Layer,
     ) -> Selection:
         """Decide for one layer.
 
         Args:
-            scores: fp32 ``[G, l]`` observed attention.
+            scores: fp32 ``[G, l]`` attention observed in layer :meth:`score_layer`.
             key, value: ``[G, l, D]`` cached keys (after rotary embedding) and values.
             prompt: the layout of the ``l`` tokens.
-            ranks: agreement with the other tensor-parallel ranks.
+            layer: which layer, and the ranks that hold its other heads.
         """
+        raise NotImplementedError
+
+    def fold(
+        self, kept: Kept, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[Kept, torch.Tensor, torch.Tensor]:
+        """Let kept entries absorb dropped ones.
+
+        Args:
+            kept: what stays, after rounding.
+            key, value: ``[G, l, D]``.
+
+        Returns:
+            ``kept`` with the tokens that were folded, and new keys and values ``[G, l, D]``.
+        """
+        return kept, key, value
+
+    def compact(
+        self,
+        scores: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        prompt: Prompt,
+        layer: Layer,
+        block_size: int,
+    ) -> Compacted:
+        """Select, round up to whole blocks and gather; arguments as for :meth:`select`."""
+        # A broken activation must not spread: NaN is no attention at all.
+        selection = self.select(scores.nan_to_num(), key, value, prompt, layer)
+        kept = align(selection, len(key), block_size, layer.ranks)
+        kept, key, value = self.fold(kept, key, value)
+        return Compacted(*gather_kept(kept, key, value), kept, selection)
+
+    # Everything at once
+
+    def compress(
+        self,
+        queries: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        modality: torch.Tensor,
+        **options: Any,
+    ) -> Compressed:
+        """Compress the cache of one layer of one prompt; see
+        :func:`vllm_acckv.policies.compression.compress` for shapes, options and errors."""
+        from vllm_acckv.policies.compression import compress
+
+        return compress(self, queries, keys, values, modality, **options)

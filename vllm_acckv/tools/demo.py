@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_acckv.config import KVPolicyConfig
+from vllm_acckv.policies import make_policy
+from vllm_acckv.policies.base import Policy
 from vllm_acckv.tools import clips, tiny_model
 from vllm_acckv.tools.server import Metrics, Server
 
@@ -57,14 +58,18 @@ class Outcome:
     prompt_blocks: int
 
 
-def run(output: Path, budget: float, tau: float, port: int, console: Console) -> None:
+def run(output: Path, name: str, options: dict[str, float], port: int, console: Console) -> None:
     """Build model and clips in ``output``, serve them, print the table.
+
+    Args:
+        name: of the policy.
+        options: its ``budget`` and ``tau``, where given.
 
     Raises:
         ServerError: with the end of the server's log.
-        KVPolicyError: for a budget or tau outside its range.
+        KVPolicyError: for an unknown policy, or an option outside its range.
     """
-    policy = KVPolicyConfig(budget=budget, tau=tau)
+    policy = make_policy(name, **options)
     # Without this, an end by SIGTERM would leave the server behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with console.status(f"Building a tiny Qwen2.5-Omni and a clip in {output} ..."):
@@ -73,11 +78,7 @@ def run(output: Path, budget: float, tau: float, port: int, console: Console) ->
         clip = clips.make_clip(output / "clip.mp4", seconds=CLIP_SECONDS)
         sound = clips.make_wav(output / "clip.wav", seconds=CLIP_SECONDS)
     # With "=", because vLLM's parser takes a separate -0.5 for an option.
-    flags = [
-        f"--kv-policy={policy.policy}",
-        f"--kv-budget={policy.budget}",
-        f"--kv-tau={policy.tau}",
-    ]
+    flags = [f"--kv-policy={name}", *(f"--kv-{key}={value}" for key, value in options.items())]
     log = output / "server.log"
     server = Server(model, *flags, media=output, log=log, port=port)
     console.print(Text(f"vllm serve {model} {' '.join(flags)}", style="bold"), soft_wrap=True)
@@ -159,8 +160,10 @@ def _after(server: Server, before: Metrics) -> Metrics:
     )
 
 
-def _table(outcomes: dict[str, Outcome], policy: KVPolicyConfig) -> Table:
-    table = Table(title=f"{policy.policy}, budget {policy.budget:g}, tau {policy.tau:g}")
+def _table(outcomes: dict[str, Outcome], policy: Policy) -> Table:
+    settings = {"budget": policy.budget} | policy.model_dump(include={"tau"})
+    shown = [f"{key} {value:g}" for key, value in settings.items()]
+    table = Table(title=", ".join([policy.name, *shown]))
     table.add_column()
     for title in outcomes:
         table.add_column(title, overflow="fold")
@@ -172,7 +175,7 @@ def _table(outcomes: dict[str, Outcome], policy: KVPolicyConfig) -> Table:
     several = outcomes.values()
     row("prompt tokens", *map(_prompt, several))
     row("answer, full cache", *(repr(one.full_answer) for one in several))
-    row(f"answer, {policy.policy}", *(repr(one.answer) for one in several))
+    row(f"answer, {policy.name}", *(repr(one.answer) for one in several))
     row("audio-video tokens kept per layer", *map(_kept, several))
     row("merged into shared entries", *(f"{one.merged:.1f}" for one in several))
     row(

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StreamingLLM: attention sinks and the latest tokens (arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import pydantic
+import torch
+
+from vllm_acckv.policies.base import Layer, Policy, Prompt
+from vllm_acckv.selection import Selection, select_best
+from vllm_acckv.spans import Layout
+
+
+class Streaming(Policy):
+    """Keep the first tokens and the latest, text or not, without looking at attention.
+
+    Positions stay those of the prompt; the paper renumbers them inside the cache.
+
+    Attributes:
+        sinks: tokens to keep at the beginning (the paper's 4).
+    """
+
+    name: ClassVar[str] = "streaming"
+
+    sinks: Annotated[int, pydantic.Field(ge=0)] = 4
+
+    def entries(self, layout: Layout, layer: Layer) -> int:
+        return self.capacity(layout)
+
+    def select(
+        self,
+        scores: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        prompt: Prompt,
+        layer: Layer,
+    ) -> Selection:
+        position = torch.arange(prompt.layout.length, device=key.device, dtype=torch.float32)
+        size = self.entries(prompt.layout, layer)
+        sinks = position < min(self.sinks, size)
+        return select_best(position[None], size, protected=sinks)
