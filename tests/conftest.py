@@ -57,6 +57,10 @@ class Media:
         """Video block, then audio block, then the question."""
         return self.ask(self.video(seed=seed, sound=False), self.audio(seed=seed), **kwargs)
 
+    def long_separate(self, **kwargs: Any) -> Ask:
+        """12 seconds each, so that text is a small part."""
+        return self.ask(self.video(seconds=12, sound=False), self.audio(seconds=12), **kwargs)
+
     def interleaved(self, seed: int = 0, **kwargs: Any) -> Ask:
         """Audio inside video: two-second pieces of video and sound in turn."""
         return self.ask(self.video(seed=seed), audio_in_video=True, **kwargs)
@@ -220,6 +224,55 @@ class Reference:
                 self._thinker, inputs, len(forced), policy, forced, positions
             )
         return ids, self._answers[full]
+
+    def run_policy(
+        self, ask: Ask, settings: dict[str, Any], forced: list[int]
+    ) -> tuple[list[int], np.ndarray, list[list[list[int]]]]:
+        """The request on transformers' model with the Hugging Face runner, blocks as in vLLM.
+
+        Args:
+            settings: the policy and its options.
+            forced: tokens to follow.
+
+        Returns:
+            prompt ids, log-probabilities ``[tokens, vocabulary]``, and per layer and KV head the
+            prompt positions kept.
+        """
+        import torch
+
+        from vllm_acckv.config import from_mapping
+        from vllm_acckv.hf import kv_policy
+
+        ids, inputs, positions = self._prepared(ask)
+        key = repr((ask.messages, ask.audio_in_video, sorted(settings.items()), forced))
+        if key not in self._answers:
+            policy, rows = from_mapping(settings), []
+            with (
+                torch.inference_mode(),
+                kv_policy(self._thinker, policy, block_size=BLOCK_SIZE) as run,
+            ):
+                out = self._thinker(
+                    **{**inputs, "position_ids": positions[:, None]}, use_cache=True
+                )
+                for step, token in enumerate(forced):
+                    rows.append(out.logits[0, -1].float().log_softmax(-1))
+                    where = torch.full((3, 1, 1), int(positions.max()) + 1 + step)
+                    out = self._thinker(
+                        input_ids=torch.tensor([[token]]),
+                        position_ids=where,
+                        past_key_values=out.past_key_values,
+                        use_cache=True,
+                    )
+            heads = self._thinker.config.text_config.num_key_value_heads
+            kept = [
+                [
+                    sorted(one for one in head if one >= 0)
+                    for head in layer.positions.expand(heads, -1).tolist()
+                ]
+                for layer in run.layers
+            ]
+            self._answers[key] = (torch.stack(rows).numpy(), kept)
+        return ids, *self._answers[key]
 
 
 @pytest.fixture(scope="session")

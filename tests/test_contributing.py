@@ -121,4 +121,3 @@ def test_every_policy_has_its_row() -> None:
     for page in ("README.md", "docs/policies.md"):
         rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / page).read_text(), re.M))
         assert set(BUILT_IN) <= rows, page
-

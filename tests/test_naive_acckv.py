@@ -2,6 +2,7 @@
 """The test oracle itself: hand-computed cases and the invariants of the specification."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from tests.reference.naive_acckv import (
     closest_call,
     column_sums,
     first_trailing_text,
+    naive_budget,
     naive_plan,
     naive_select,
     redistribute,
+    worst_case,
 )
 
 HAND_MODALITY = [TEXT, VIDEO, VIDEO, AUDIO, AUDIO, TEXT, TEXT]
@@ -257,3 +260,87 @@ def test_plan_by_hand() -> None:
     assert naive_plan(modality, 0.1, 32) == (3, 0, False)
     assert naive_plan([TEXT] * 20, 0.1, 4) == (0, 0, False)
     assert naive_plan(modality[:-4], 0.1, 4) == (3, 0, False)
+
+
+def test_strict_budget_takes_the_token_from_the_other_modality() -> None:
+    """The joint top 2 are both audio; video gains its best token."""
+    A, K, V, modality = hand_case()
+    A = A.clone()
+    A[0, 5:, 4] = 1.0  # s = .4 .2 | .5 2.
+    opts = Options(2, tau=-1.0, redistribution="off", block_size=1)
+    assert naive_select(A, K, V, modality, opts).heads[0].top == {VIDEO: {1}, AUDIO: {3, 4}}
+    strict = replace(opts, strict_budget="tokens")
+    assert naive_select(A, K, V, modality, strict).heads[0].top == {VIDEO: {1}, AUDIO: {4}}
+    one = replace(strict, k=1)  # audio has no second token to give
+    assert naive_select(A, K, V, modality, one).heads[0].top == {VIDEO: {1}, AUDIO: {4}}
+    none = replace(opts, min_per_modality=False)
+    got = naive_select(A, K, V, modality, none)
+    assert got.heads[0].top == {VIDEO: set(), AUDIO: {3, 4}}
+    assert got.kept == [[0, 3, 4, 5, 6]] and list(got.merged[0]) == [VIDEO]
+
+
+def test_filter_spares_the_merged_entry_and_the_best_tokens() -> None:
+    """With tau = .8 token 1 (.71) and the merged video (.5) would be dropped."""
+    A, K, V, modality = hand_case()
+    opts = Options(2, tau=0.8, redistribution="off", block_size=1)
+    assert naive_select(A, K, V, modality, opts).kept == [[0, 3, 5, 6]]
+    got = naive_select(A, K, V, modality, replace(opts, filter_merged=False))
+    assert got.kept == [[0, 3, 5, 6]] and list(got.merged[0]) == [VIDEO, AUDIO]
+    assert got.heads[0].similarity == pytest.approx({1: 0.5**0.5})
+    got = naive_select(A, K, V, modality, replace(opts, min_keep_low=1))
+    assert got.kept == [[0, 1, 3, 5, 6]] and list(got.merged[0]) == [AUDIO]
+
+
+def test_position_prior_keeps_the_latest_and_needs_no_text() -> None:
+    A, K, V, modality = hand_case()
+    opts = Options(2, calibration=False, focusing=False, position_prior=True, block_size=1)
+    assert naive_select(A, K, V, modality, opts).kept == [[0, 3, 4, 5, 6]]
+    assert naive_select(A, K, V, modality, opts).W_v == pytest.approx([22 / 57])  # 1/6 1/5|1/4 1/3
+    short = naive_select(A[:, :5, :5], K[:, :5], V[:, :5], modality[:5], opts)
+    assert short.kept == [[0, 3, 4]]
+
+
+def test_without_blocks_a_single_dropped_token_is_merged() -> None:
+    """The mean of one token is that token; nothing shrinks, yet the layer is compressed."""
+    A, K, V, _ = hand_case()
+    modality = [TEXT, TEXT, TEXT, VIDEO, VIDEO, TEXT, TEXT]
+    opts = Options(1, redistribution="off", block_size=1)
+    got = naive_select(A, K, V, modality, opts)
+    assert (got.f, got.length, got.kept) == (0, 7, [[0, 1, 2, 3, 5, 6]])
+    assert torch.equal(got.merged[0][VIDEO][0], K[0, 4])
+
+
+def test_budget_by_hand() -> None:
+    modality = [TEXT] * 3 + [VIDEO] * 10 + [AUDIO] * 15 + [TEXT] * 4
+    assert naive_budget(modality, 6) == (6, 7 + 7 + 2)
+    assert naive_budget(modality, 6, strict_budget="tokens") == (6, 7 + 6 + 2)
+    assert naive_budget(modality, 6, strict_budget="entries") == (4, 7 + 4 + 2)
+    assert naive_budget(modality, 6, min_per_modality=False) == (6, 7 + 6 + 2)
+    assert naive_budget(modality, 3, strict_budget="entries") == (1, 7 + 2 + 2)
+    assert naive_budget(modality, 24, strict_budget="entries") == (22, 7 + 22 + 2)
+    assert naive_budget(modality, 25, strict_budget="entries") == (25, 32)
+    assert naive_budget(modality, 31, scope="total") == (22, 7 + 22 + 2)
+    assert naive_plan(modality[:-4], 0.1, 4, position_prior=True) == (3, (28 - 9) // 4, True)
+
+
+@pytest.mark.parametrize("calibration", [True, False])
+@pytest.mark.parametrize("keep_prefix", [True, False])
+@pytest.mark.parametrize("min_per_modality", [True, False])
+@pytest.mark.parametrize("strict_budget", ["off", "tokens", "entries"])
+def test_no_split_of_the_top_exceeds_the_bound(
+    calibration: bool, keep_prefix: bool, min_per_modality: bool, strict_budget: str
+) -> None:
+    switches: dict[str, Any] = {
+        "calibration": calibration,
+        "keep_prefix": keep_prefix,
+        "min_per_modality": min_per_modality,
+        "strict_budget": strict_budget,
+    }
+    for n_video, n_audio in ((0, 4), (1, 6), (3, 3), (9, 4)):
+        modality = [TEXT] * 2 + [VIDEO] * n_video + [AUDIO] * n_audio + [TEXT] * 2
+        for budget in range(2, n_video + n_audio + 1):
+            k, most = naive_budget(modality, budget, **switches)
+            reached = worst_case(modality, k, **switches)
+            assert reached <= most
+            if strict_budget == "entries" and keep_prefix and 4 <= budget < n_video + n_audio:
+                assert most <= 4 + budget or not calibration

@@ -205,12 +205,13 @@ BUDGET_RANGE = "a ratio in (0, 1] or a whole number above 1"
 @pytest.mark.parametrize(
     ("key", "value", "parts"),
     [
-        ("kv_policy", "nope", ("'nope'", "acckv, full")),
+        ("kv_policy", "nope", ("'nope'", "acckv, drop_audio")),
         ("kv_budget", 0, ("is 0;", BUDGET_RANGE)),
         ("kv_budget", -1, ("is -1;", BUDGET_RANGE)),
         ("kv_budget", 1.5, ("is 1.5;", BUDGET_RANGE)),
         ("kv_budget", "abc", ("'abc'", BUDGET_RANGE)),
         ("kv_tau", 2, ("is 2;", "[-1, 1]")),
+        ("kv_policy", "fastv", ("kv_budget is 0.2", "0.50")),
         ("kv_budgets", 0.5, ("'kv_budgets'", "kv_policy, kv_budget, kv_tau")),
     ],
 )
@@ -235,7 +236,7 @@ def test_client_that_goes_away(server: Server, media: Media) -> None:
     )
     assert after.value(COMPACTIONS) == before.value(COMPACTIONS) + 1
     (line,) = policy_lines(server, request_id)
-    assert "per layer: video kept" in line
+    assert "video kept" in line
 
 
 # Refusals to start
@@ -244,13 +245,17 @@ POLICY = ("--kv-policy", "acckv")
 NGRAM = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
 CONNECTOR = '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'
 REFUSED_FLAGS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("--kv-policy", "nope"): ("--kv-policy is 'nope'", "acckv, full"),
+    ("--kv-policy", "nope"): ("--kv-policy is 'nope'", "acckv, drop_audio"),
     ("--kv-budget", "0"): ("--kv-budget is '0'", BUDGET_RANGE),
     ("--kv-budget", "-1"): ("--kv-budget is '-1'", BUDGET_RANGE),
     ("--kv-budget", "1.5"): ("--kv-budget is '1.5'", BUDGET_RANGE),
     ("--kv-budget", "abc"): ("--kv-budget is 'abc'", BUDGET_RANGE),
     ("--kv-tau", "2"): ("--kv-tau is '2'", "[-1, 1]"),
-    ("--kv-policy-config", '{"head_mode": "x"}'): ("head_mode is 'x'", "layer, head"),
+    (*POLICY, "--kv-policy-config", '{"head_mode": "x"}'): (
+        "head_mode is 'x'",
+        "'layer' or 'head'",
+    ),
+    ("--kv-policy", "snapkv", "--kv-tau", "0.9"): ("--kv-tau is no setting of KV policy snapkv",),
     ("--kv-policy-config", '{"head'): ("--kv-policy-config is", "JSON object"),
     ("--kv-budget", "0.2"): ("--kv-budget", "need --kv-policy"),
     (*POLICY, "--kv-budget", "0.2", "--kv-policy-config", '{"budget": 0.3}'): (

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_acckv.config import KVPolicyConfig
+from vllm_acckv.config import from_mapping
 from vllm_acckv.engine.requests import plan_request
 from vllm_acckv.plan import make_plan
-from vllm_acckv.spans import AUDIO, TEXT, VIDEO, token_modalities
+from vllm_acckv.policies import make_policy
+from vllm_acckv.policies.acckv import AccKV
+from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout, token_modalities
 
 T, V, A = TEXT, VIDEO, AUDIO
 
@@ -52,10 +54,11 @@ def test_model_hook_finds_sound_inside_a_video_feature() -> None:
         sampling_params=None,
     )
     hf_config = SimpleNamespace(model_type="mimo_v2_omni", audio_token_id=9)
-    plan = plan_request(request, KVPolicyConfig(), 4, hf_config)
-    assert np.bincount(plan.modalities).tolist() == [10, 20, 20]
-    plain = plan_request(request, KVPolicyConfig(), 4, SimpleNamespace(model_type="other"))
-    assert np.bincount(plain.modalities).tolist() == [10, 40]
+    policy = make_policy("acckv")
+    plan = plan_request(request, policy, 4, 2, hf_config)
+    assert np.bincount(plan.layout.modalities).tolist() == [10, 20, 20]
+    plain = plan_request(request, policy, 4, 2, SimpleNamespace(model_type="other"))
+    assert np.bincount(plain.layout.modalities).tolist() == [10, 40]
 
 
 def modalities(*parts: tuple[int, int]) -> np.ndarray:
@@ -79,7 +82,7 @@ HAZARD_16 = [
 def test_hazard_16_prompts_that_stay_uncompressed(
     prompt: np.ndarray, settings: dict, reason: str
 ) -> None:
-    plan = make_plan(prompt, KVPolicyConfig(**settings), 16)
+    plan = make_plan(prompt, from_mapping(settings), 16, num_layers=3)
     assert plan.skipped == reason
     assert not plan.active
     assert plan.freed_blocks == 0
@@ -96,7 +99,49 @@ def test_hazard_16_prompts_that_stay_uncompressed(
 )
 def test_one_modality_several_clips_interleaved(prompt: np.ndarray, keep: int, freed: int) -> None:
     """Each layer keeps at most the text, k + 1 tokens and one merged entry per modality."""
-    plan = make_plan(prompt, KVPolicyConfig(), 16)
-    assert plan.keep == keep
+    policy = AccKV()
+    plan = make_plan(prompt, policy, 16, num_layers=3)
+    assert policy.heavy_hitters(plan.layout) == keep
     assert plan.freed_blocks == freed
-    assert plan.entries <= (prompt == T).sum() + keep + 3
+    assert len(plan.entries) == 3
+    assert max(plan.entries) <= (prompt == T).sum() + keep + 3
+
+
+def test_layout() -> None:
+    layout = Layout(modalities((T, 3), (A, 2), (T, 4), (V, 5), (T, 6)))
+    assert (layout.length, layout.counts, layout.av, layout.present) == (20, (13, 5, 2), 7, (V, A))
+    assert (layout.text_start, layout.trailing_text) == (14, 6)
+    assert [layout.text_before(position) for position in (0, 4, 5, 9, 14, 20)] == [
+        0,
+        3,
+        3,
+        7,
+        7,
+        13,
+    ]
+    silent = Layout(modalities((T, 4)))
+    assert (silent.av, silent.present, silent.text_start) == (0, (), 0)
+    cut = Layout(modalities((T, 4), (A, 3)))
+    assert (cut.present, cut.text_start, cut.trailing_text) == ((A,), 7, 0)
+    assert Layout(modalities()).counts == (0, 0, 0)
+
+
+def test_prefix_cache_may_cover_what_is_neither_rewritten_nor_observed() -> None:
+    """300 of 310 tokens are audio or video; AccKV observes rows from 305 on, H2O all rows."""
+    prompt = modalities((T, 5), (V, 300), (T, 5))
+    acckv, h2o = (make_plan(prompt, make_policy(name), 16) for name in ("acckv", "h2o"))
+    assert (acckv.freed_blocks, acckv.first_query, acckv.shared_blocks) == (14, 305, 14)
+    assert (h2o.freed_blocks, h2o.first_query, h2o.shared_blocks) == (15, 0, 0)
+    snapkv = make_plan(prompt, make_policy("snapkv", window=100), 16)
+    assert (snapkv.freed_blocks, snapkv.first_query, snapkv.shared_blocks) == (15, 210, 13)
+
+
+def test_the_layer_that_keeps_most_decides_what_is_freed() -> None:
+    """FastV's first two layers keep everything, so no block comes back, yet layer 2 shrinks."""
+    plan = make_plan(modalities((V, 90), (T, 10)), make_policy("fastv", budget=0.6), 16, 4)
+    assert plan.active and plan.entries == (100, 100, 28, 28)
+    assert plan.freed_blocks == plan.shared_blocks == 0
+    assert [plan.compacts(layer) for layer in range(4)] == [False, False, True, True]
+    pyramid = make_plan(modalities((V, 300), (T, 10)), make_policy("pyramidkv", window=8), 16, 4)
+    assert list(pyramid.entries) == sorted(pyramid.entries, reverse=True)
+    assert pyramid.freed_blocks == (310 - pyramid.entries[0]) // 16

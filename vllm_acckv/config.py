@@ -44,8 +44,6 @@ def from_mapping(values: Any) -> Policy:
         )
     fields = _expanded(values)
     name = fields.pop("policy", DEFAULT_POLICY)
-    if not isinstance(name, str):
-        raise KVPolicyError(f"--kv-policy is {name!r}; it must be the name of a policy.")
     cls = policy_class(name)
     for key in fields:
         if key not in cls.model_fields:
@@ -105,11 +103,11 @@ def in_request_terms(message: str) -> str:
     return re.sub(r"--kv-[a-z-]+", lambda flag: flag[0][2:].replace("-", "_"), message)
 
 
-def _inherited(policy: Policy, name: Any) -> dict[str, Any]:
+def _inherited(policy: Policy, name: str) -> dict[str, Any]:
     from vllm_acckv.policies import policy_class
 
     values = to_mapping(policy)
-    if name == policy.name or not isinstance(name, str):
+    if name == policy.name:
         return values
     return {key: value for key, value in values.items() if key in policy_class(name).model_fields}
 
@@ -123,7 +121,7 @@ def _expanded(values: Mapping[str, Any]) -> dict[str, Any]:
         return fields
     preset, name = fields.pop("preset"), fields.get("policy", DEFAULT_POLICY)
     presets = policy_class(name).presets
-    if preset not in presets:
+    if not isinstance(preset, str) or preset not in presets:
         known = f"one of {', '.join(presets)}" if presets else f"left out: {name} has no presets"
         raise KVPolicyError(f"--kv-policy-config preset is {preset!r}; it must be {known}.")
     return {**presets[preset], **fields}
@@ -150,4 +148,6 @@ def _sentence(error: pydantic.ValidationError) -> str:
     name = str(first["loc"][0])
     what = _FLAGS.get(name, f"--kv-policy-config {name}")
     allowed = first["msg"].removeprefix("Input should be ")
+    if first["type"] == "bool_type":
+        allowed = "true or false"
     return f"{what} is {first['input']!r}; it must be {allowed}."

@@ -13,8 +13,8 @@ def gather_kept(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Collect the kept keys and values of a layer.
 
-    Entries keep the order of the prompt, a merged entry follows the last kept token of its
-    modality's merged set. Trailing text that is kept therefore stays where it is.
+    Entries keep the order of the prompt; a merged entry stands where the last token merged into it
+    was. Trailing text that is kept therefore stays where it is.
 
     Args:
         kept: what to keep of ``l`` tokens.

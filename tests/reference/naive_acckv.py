@@ -17,12 +17,17 @@ from torch import Tensor
 
 TEXT, VIDEO, AUDIO = 0, 1, 2
 Redistribution = Literal["paper", "visible", "off"]
+StrictBudget = Literal["off", "tokens", "entries"]
 MergedToken = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the policy lets a user choose; `k` counts audio/video tokens."""
+    """What the policy lets a user choose; `k` counts audio/video tokens.
+
+    `strict_budget` here only decides who gives way to a lifted token; see :func:`naive_budget`
+    for what it makes of k. `position_prior` puts 1 / (l - j) in place of attention.
+    """
 
     k: int = 0
     tau: float = 0.9
@@ -30,9 +35,14 @@ class Options:
     focusing: bool = True
     calibration: bool = True
     head_mode: Literal["layer", "head"] = "layer"
-    tau_mode: Literal["absolute", "quantile"] = "absolute"
+    tau_mode: str = "absolute"  # or "quantile"
     keep_prefix: bool = True
     block_size: int = 16
+    min_per_modality: bool = True
+    strict_budget: StrictBudget = "off"
+    filter_merged: bool = True
+    min_keep_low: int = 0
+    position_prior: bool = False
 
 
 @dataclass
@@ -47,7 +57,7 @@ class HeadSelection:
     merge_sources: dict[int, set[int]]  # Imrg of eq. 11-12 per modality
     similarity: dict[int | str, float] = field(default_factory=dict)  # eq. 16; "merged": its own
     threshold: float = -math.inf  # what `similarity` has to reach
-    rejected: set[int] = field(default_factory=set)  # tokens under it
+    rejected: set[int] = field(default_factory=set)  # tokens under it that were dropped
 
 
 @dataclass(frozen=True)
@@ -127,14 +137,23 @@ def select_top(head: HeadSelection, present: dict[int, list[int]], opts: Options
     """Eq. 7-12: joint top-k, at least one token per modality, and what is left to merge."""
     everything = sorted(j for positions in present.values() for j in positions)
     joint = best(head.scores, everything, opts.k)
+    counts = {m: len(joint & set(positions)) for m, positions in present.items()}
+    if opts.calibration and opts.min_per_modality:
+        counts = at_least_one(counts, strict=opts.strict_budget != "off")
     for m, positions in present.items():
-        in_joint = joint & set(positions)
+        head.top[m] = best(head.scores, positions, counts[m])
         if opts.calibration:
-            head.top[m] = best(head.scores, positions, max(len(in_joint), 1))
             head.merge_sources[m] = set(positions) - head.top[m]
-        else:
-            head.top[m] = in_joint
         head.kept |= head.top[m]
+
+
+def at_least_one(counts: dict[int, int], strict: bool) -> dict[int, int]:
+    """Eq. 8-9, N_m from the counts in the joint top; a strict budget takes the token that one
+    modality gains from the other, unless that has no other left."""
+    lifted = {m: max(count, 1) for m, count in counts.items()}
+    if strict and 0 in counts.values():
+        return {m: n - 1 if counts[m] > 1 else n for m, n in lifted.items()}
+    return lifted
 
 
 def merge_rest(head: HeadSelection, K: Tensor, V: Tensor) -> dict[int, list[MergedToken]]:
@@ -164,15 +183,22 @@ def filter_low(
     K [n, l, d] holds the KV heads that share this selection (all G in layer mode, else one).
     """
     hi, lo = (VIDEO, AUDIO) if head.video_weight >= 1 - head.video_weight else (AUDIO, VIDEO)
-    keys, anchors = (with_merged(head.top[m], merged.get(m, []), K) for m in (lo, hi))
-    names: list[int | str] = [*sorted(head.top[lo]), *(["merged"] if lo in merged else [])]
+    candidate = merged.get(lo, []) if opts.filter_merged else []
+    keys = with_merged(head.top[lo], candidate, K)
+    anchors = with_merged(head.top[hi], merged.get(hi, []), K)
+    names: list[int | str] = [*sorted(head.top[lo]), *(["merged"] if candidate else [])]
+    if not names:
+        return
     head.similarity = dict(zip(names, mean_similarity(keys, anchors), strict=True))
     head.threshold = threshold(list(head.similarity.values()), opts)
+    safe = best(head.scores, sorted(head.top[lo]), opts.min_keep_low)
     for x, similarity in head.similarity.items():
-        if similarity < head.threshold and x == "merged":
-            del merged[lo]
-        elif similarity < head.threshold:
+        if similarity >= head.threshold or x in safe:
+            continue
+        if isinstance(x, int):
             head.rejected.add(x)
+        else:
+            del merged[lo]
     head.kept -= head.rejected
 
 
@@ -214,12 +240,17 @@ def filler_order(head: HeadSelection, modality: list[int]) -> list[int]:
 
 
 def align(heads: list[HeadSelection], modality: list[int], block_size: int) -> LayerSelection:
-    """Round the longest head up so that whole blocks are freed, and fill every head to it."""
+    """Round the longest head up so that whole blocks are freed, and fill every head to it.
+
+    A layer that frees no block is left alone. With blocks of one token nothing is rounded, and
+    every layer is compressed.
+    """
     prompt = set(range(len(modality)))
     unaligned = [len(h.kept) + len(h.merged) for h in heads]
     f = (len(prompt) - max(unaligned)) // block_size
     length = len(prompt) - f * block_size
-    if f == 0:  # untouched: everything stays, nothing is merged
+    untouched = f == 0 and block_size > 1
+    if untouched:  # everything stays, nothing is merged
         fillers: list[list[int]] = [[] for _ in heads]
         kept = [prompt for _ in heads]
     else:
@@ -232,7 +263,7 @@ def align(heads: list[HeadSelection], modality: list[int], block_size: int) -> L
         length=length,
         W_v=[h.video_weight for h in heads],
         kept=[sorted(own) for own in kept],
-        merged=[h.merged if f else {} for h in heads],
+        merged=[{} if untouched else h.merged for h in heads],
         evicted=[sorted(prompt - own) for own in kept],
         fillers=fillers,
         unaligned=unaligned,
@@ -247,7 +278,9 @@ def closest_call(selection: LayerSelection, opts: Options) -> float:
     """
     gaps = []
     for head, fill in zip(selection.heads, selection.fillers, strict=True):
-        ranked = sorted(head.scores.values(), reverse=True)
+        cuts = [(set(head.scores), opts.k)]
+        for m, sources in head.merge_sources.items():  # tokens lifted and given away
+            cuts.append((head.top[m] | sources, len(head.top[m])))
         if head.similarity:
             gaps.append(abs(2 * head.video_weight - 1))  # which modality is hi
             reached = [x for x in head.similarity.values() if x >= head.threshold]
@@ -256,12 +289,12 @@ def closest_call(selection: LayerSelection, opts: Options) -> float:
                 gaps += [abs(x - head.threshold) for x in reached + missed]
             elif reached and missed:  # the quantile moves along with the similarities
                 gaps.append(min(reached) - max(missed))
-        cuts = [(ranked, opts.k)]
-        waiting = [j for j in head.scores if j not in head.kept]
-        for group in (set(waiting) - head.rejected, set(waiting) & head.rejected):
+            cuts.append(({x for x in head.similarity if isinstance(x, int)}, opts.min_keep_low))
+        waiting = {j for j in head.scores if j not in head.kept}
+        for group in (waiting - head.rejected, waiting & head.rejected):
+            cuts.append((group, len(group & set(fill))))
+        for group, cut in cuts:
             order = sorted((head.scores[j] for j in group), reverse=True)
-            cuts.append((order, len(group & set(fill))))
-        for order, cut in cuts:
             if 0 < cut < len(order) and order[cut - 1] > 0:
                 gaps.append((order[cut - 1] - order[cut]) / order[cut - 1])
     return min(gaps, default=math.inf)
@@ -273,13 +306,18 @@ def naive_select(
     """AccKV for one layer.
 
     A [H, l, l] causal attention after softmax; K, V [G, l, d] after RoPE; modality [l] with
-    0 text, 1 video, 2 audio. There must be audio/video tokens and text after them.
+    0 text, 1 video, 2 audio. There must be audio/video tokens and, unless the scores are a
+    position prior, text after them.
     """
-    n_queries, n_heads = A.shape[0], K.shape[0]
+    n_queries, n_heads, size = A.shape[0], K.shape[0], len(modality)
     t0 = first_trailing_text(modality)
-    assert A.shape[1] == A.shape[2] == K.shape[1] == V.shape[1] == len(modality)
-    assert 0 < t0 < len(modality), "nothing to compress, or no trailing text to score with"
-    s = column_sums(A, t0, opts.redistribution)
+    assert A.shape[1] == A.shape[2] == K.shape[1] == V.shape[1] == size
+    assert t0 > 0, "nothing to compress"
+    if opts.position_prior:
+        s = (1 / torch.arange(size, 0, -1, dtype=torch.float64)).expand(n_queries, size)
+    else:
+        assert t0 < size, "no trailing text to score with"
+        s = column_sums(A, t0, opts.redistribution)
     if opts.head_mode == "layer":
         heads = select_shared(s.mean(dim=0), K, V, modality, opts)
     else:
@@ -290,6 +328,65 @@ def naive_select(
     return align(heads, modality, opts.block_size)
 
 
+def naive_budget(
+    modality: list[int],
+    budget: float,
+    calibration: bool = True,
+    keep_prefix: bool = True,
+    scope: Literal["av", "total"] = "av",
+    min_per_modality: bool = True,
+    strict_budget: StrictBudget = "off",
+) -> tuple[int, int]:
+    """(k, most entries of a layer): what is known before any attention score is.
+
+    The second is the bound of the specification: k, one lifted token, one merged entry per
+    modality, and the text. Nothing is dropped, text included, when k covers all audio and video.
+    """
+    size = len(modality)
+    present = len({m for m in modality if m != TEXT})
+    n_av = sum(m != TEXT for m in modality)
+    text = size - n_av if keep_prefix else size - first_trailing_text(modality)
+    n_merged = present if calibration else 0
+    whole = n_av if scope == "av" else size
+    entries = min(int(budget) if budget > 1 else math.floor(budget * whole + 0.5), whole)
+    if scope == "total":
+        entries -= text
+    if entries >= n_av:
+        return n_av, size
+    k = entries if scope == "av" and strict_budget != "entries" else max(0, entries - n_merged)
+    most_av = k
+    if calibration and min_per_modality:
+        counts = [len(members(modality, kind)) for kind in (VIDEO, AUDIO)]
+        if strict_budget == "off" and present == 2 and k <= max(counts):
+            most_av = k + 1  # one modality may have all of the top k
+        most_av = max(most_av, present)
+    return k, min(text + most_av + n_merged, size)
+
+
+def worst_case(
+    modality: list[int],
+    k: int,
+    calibration: bool = True,
+    keep_prefix: bool = True,
+    min_per_modality: bool = True,
+    strict_budget: StrictBudget = "off",
+) -> int:
+    """Most entries of a layer, found by trying every way the joint top k can fall."""
+    numbers = {m: len(members(modality, m)) for m in (VIDEO, AUDIO) if m in modality}
+    n_av = sum(numbers.values())
+    text = len(modality) - (n_av if keep_prefix else first_trailing_text(modality))
+    most = 0
+    for n_video in range(min(k, numbers.get(VIDEO, 0)) + 1):
+        counts = {m: n_video if m == VIDEO else min(k, n_av) - n_video for m in numbers}
+        if sum(counts.values()) < min(k, n_av) or any(counts[m] > numbers[m] for m in numbers):
+            continue
+        if calibration and min_per_modality:
+            counts = at_least_one(counts, strict=strict_budget != "off")
+        merged = sum(counts[m] < numbers[m] for m in numbers) if calibration else 0
+        most = max(most, text + sum(counts.values()) + merged)
+    return most
+
+
 def naive_plan(
     modality: list[int],
     budget: float,
@@ -297,24 +394,21 @@ def naive_plan(
     calibration: bool = True,
     keep_prefix: bool = True,
     scope: Literal["av", "total"] = "av",
+    min_per_modality: bool = True,
+    strict_budget: StrictBudget = "off",
+    position_prior: bool = False,
 ) -> tuple[int, int, bool]:
-    """(k, f_bound, active): what is known before any attention score is.
+    """(k, f_bound, active).
 
     Every layer of an active request frees at least f_bound >= 1 leading blocks. A request that
     is not active stays uncompressed in all layers, and f_bound is 0.
     """
     size = len(modality)
-    present = len({m for m in modality if m != TEXT})
+    k, most = naive_budget(
+        modality, budget, calibration, keep_prefix, scope, min_per_modality, strict_budget
+    )
     n_av = sum(m != TEXT for m in modality)
-    n_t = size - first_trailing_text(modality)
-    text_kept = size - n_av if keep_prefix else n_t
-    if scope == "av":
-        k = min(int(budget), n_av) if budget > 1 else math.floor(budget * n_av + 0.5)
-    else:
-        total = int(budget) if budget > 1 else math.floor(budget * size + 0.5)
-        k = max(0, min(n_av, total - text_kept - (present if calibration else 0)))
-    most_kept = min(max(min(k, n_av) + 1, present), n_av) + present
-    av_kept = most_kept if calibration else k
-    f_bound = (size - min(text_kept + av_kept, size)) // block_size
-    active = k < n_av and n_t >= 1 and f_bound >= 1
+    f_bound = (size - most) // block_size
+    readable = position_prior or size > first_trailing_text(modality)
+    active = k < n_av and readable and f_bound >= 1
     return k, f_bound if active else 0, active

@@ -13,9 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import torch
-from pydantic_core import PydanticCustomError
 
-from vllm_acckv.policies.base import Layer, Number, Policy, Prompt
+from vllm_acckv.policies.base import Layer, Policy, Prompt, number_in
 from vllm_acckv.policies.rotary import rotate, unrotate
 from vllm_acckv.scores import Weights
 from vllm_acckv.selection import Merged, Selection, ranked
@@ -25,25 +24,30 @@ from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
 # make no sense), and the reading that undoes its errata; see docs/policies.md.
 PAPER: Mapping[str, Any] = {
     "redistribution": "paper",
+    "focusing": True,
+    "calibration": True,
     "head_mode": "layer",
     "tau_mode": "absolute",
     "merge_space": "post_rope",
     "budget_scope": "av",
+    "keep_prefix": True,
+    "min_per_modality": True,
+    "strict_budget": "off",
+    "filter_merged": True,
+    "min_keep_low": 0,
 }
 CORRECTED: Mapping[str, Any] = {
+    **PAPER,
     "redistribution": "visible",
-    "head_mode": "layer",
     "tau_mode": "absolute_pre_rope",
     "merge_space": "pre_rope",
     "budget_scope": "total",
 }
 
 
-def _valid_tau(value: float, info: pydantic.ValidationInfo) -> float:
+def _tau(value: Any, info: pydantic.ValidationInfo) -> float:
     low = 0 if info.data.get("tau_mode") == "quantile" else -1
-    if not low <= value <= 1:
-        raise PydanticCustomError("tau", f"Input should be a number in [{low}, 1]")
-    return value
+    return number_in(value, f"a number in [{low}, 1]", lambda number: low <= number <= 1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class AccKV(Policy):
 
     # In front of tau, whose range depends on it.
     tau_mode: Literal["absolute", "absolute_pre_rope", "quantile"] = "absolute"
-    tau: Annotated[Number, pydantic.AfterValidator(_valid_tau)] = 0.6
+    tau: Annotated[float, pydantic.BeforeValidator(_tau)] = 0.6
     redistribution: Literal["paper", "visible", "off"] = "paper"
     focusing: bool = True
     calibration: bool = True
@@ -135,8 +139,11 @@ class AccKV(Policy):
             return layout.length
         if self.calibration and self.min_per_modality:
             # Eq. 8-9 lift a modality without a heavy hitter to one token, beyond k (erratum E1).
-            lifted = keep if self.strict_budget != "off" else keep + 1
-            keep = min(max(lifted, len(layout.present)), layout.av)
+            # That takes two modalities, and k tokens of the other one.
+            _, video, audio = layout.counts
+            if self.strict_budget == "off" and video and audio and keep <= max(video, audio):
+                keep += 1
+            keep = max(keep, len(layout.present))
         return min(self._text(layout) + keep + self._merged(layout), layout.length)
 
     def first_query(self, layout: Layout) -> int:
@@ -166,8 +173,7 @@ class AccKV(Policy):
             scores = layer.ranks.mean(scores.mean(0, keepdim=True))
         focus = self._focus(scores, prompt)
         keep = focus.top
-        filtered = rejected = torch.zeros_like(keep)
-        merged = None
+        filtered = rejected = merged = None
         if self.calibration:
             merged = self._merge(focus.top, key, value, prompt)
             if len(prompt.layout.present) == 2:
@@ -179,7 +185,9 @@ class AccKV(Policy):
             text = text & (position >= prompt.layout.text_start)
         keep = keep | text
         fill_rank = _fill_rank(focus.scores, keep, rejected, prompt.modality)
-        size = None if self.calibration else self.entries(prompt.layout, layer)
+        size = None
+        if not self.calibration:
+            size = self._text(prompt.layout) + self.heavy_hitters(prompt.layout)
         return Selection(keep, fill_rank, size, merged, focus.video_weight, filtered, rejected)
 
     def _focus(self, scores: torch.Tensor, prompt: Prompt) -> _Focus:
@@ -311,13 +319,17 @@ class AccKV(Policy):
 
 
 def _fill_rank(
-    scores: torch.Tensor, keep: torch.Tensor, rejected: torch.Tensor, modality: torch.Tensor
+    scores: torch.Tensor,
+    keep: torch.Tensor,
+    rejected: torch.Tensor | None,
+    modality: torch.Tensor,
 ) -> torch.Tensor:
     """Order of the dropped tokens: by score, those the filter rejected behind the others, then
     dropped text, the latest first. Kept tokens come last."""
     position = torch.arange(keep.shape[1], device=keep.device)
     text = modality == TEXT
-    group = torch.where(keep, 3, torch.where(text, 2, rejected.long()))
+    last = 0 if rejected is None else rejected.long()
+    group = torch.where(keep, 3, torch.where(text, 2, last))
     value = torch.where(text, position.to(scores.dtype), scores)
     order = value.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))

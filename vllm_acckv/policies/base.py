@@ -12,7 +12,7 @@ at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -29,28 +29,35 @@ if TYPE_CHECKING:
     from vllm_acckv.scores import Weights
 
 
-def _number(value: Any) -> Any:
-    """Requests and command lines bring numbers as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def number_in(value: Any, allowed: str, valid: Callable[[float], bool]) -> float:
+    """``value`` as a number; requests and command lines bring it as text.
+
+    Raises:
+        PydanticCustomError: unless it is finite and ``valid``; ``allowed`` says what would be.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and valid(number)):
+        raise PydanticCustomError("number", f"Input should be {allowed}")
+    return number
 
 
-def _valid_budget(value: float) -> float:
-    if value <= 0 or (value > 1 and value != int(value)):
-        raise PydanticCustomError(
-            "budget", "Input should be a ratio in (0, 1] or a whole number above 1"
-        )
-    return value
+def _budget(value: Any) -> float:
+    return number_in(
+        value,
+        "a ratio in (0, 1] or a whole number above 1",
+        lambda number: number > 0 and (number <= 1 or number == int(number)),
+    )
 
 
-Number = Annotated[
-    float, pydantic.BeforeValidator(_number), pydantic.Field(strict=True, allow_inf_nan=False)
-]
-Budget = Annotated[Number, pydantic.AfterValidator(_valid_budget)]
+def _ratio(value: Any) -> float:
+    return number_in(value, "a number in [0, 1]", lambda number: 0 <= number <= 1)
+
+
+Budget = Annotated[float, pydantic.BeforeValidator(_budget)]
+Ratio = Annotated[float, pydantic.BeforeValidator(_ratio)]
 
 
 @dataclass(frozen=True)

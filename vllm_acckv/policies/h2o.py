@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import pydantic
 import torch
 
-from vllm_acckv.policies.base import Layer, Number, Policy, Prompt
+from vllm_acckv.policies.base import Layer, Policy, Prompt, Ratio
 from vllm_acckv.scores import Weights
 from vllm_acckv.selection import Selection, ranked, select_best
 from vllm_acckv.spans import TEXT, Layout
@@ -29,7 +28,7 @@ class H2O(Policy):
 
     name: ClassVar[str] = "h2o"
 
-    recent_ratio: Annotated[Number, pydantic.Field(ge=0, le=1)] = 0.5
+    recent_ratio: Ratio = 0.5
     protect_text: bool = False
     normalize: bool = False
     decode: Literal["static", "evict"] = "static"

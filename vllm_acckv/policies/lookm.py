@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import pydantic
 import torch
 from torch.nn.functional import normalize
 
-from vllm_acckv.policies.base import Layer, Number, Policy, Prompt
+from vllm_acckv.policies.base import Layer, Policy, Prompt, Ratio
 from vllm_acckv.selection import Kept, Selection, select_best
 from vllm_acckv.spans import TEXT, Layout
 
@@ -32,7 +31,7 @@ class LookM(Policy):
 
     name: ClassVar[str] = "lookm"
 
-    recent_ratio: Annotated[Number, pydantic.Field(ge=0, le=1)] = 0.5
+    recent_ratio: Ratio = 0.5
     merge: Literal["pivot", "average", "weighted", "none"] = "pivot"
 
     def _recent(self, layout: Layout) -> int:

@@ -1,0 +1,780 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every policy promises, over one table of policies; and AccKV's own invariants.
+
+Numbers of AccKV's invariants are those of the algorithm specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.reference.naive_baselines import full_attention
+from vllm_acckv.policies import make_policy
+from vllm_acckv.policies.acckv import AccKV
+from vllm_acckv.policies.base import Compacted, Layer, Policy, Prompt
+from vllm_acckv.policies.compression import Compressed
+from vllm_acckv.policies.rotary import unrotate
+from vllm_acckv.scores import observed_attention
+from vllm_acckv.selection import Selection
+from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout, token_modalities
+
+Case = tuple[str, str, dict[str, Any]]
+
+# One row per policy and interesting setting: id, name, options.
+CASES: list[Case] = [
+    ("acckv", "acckv", {}),
+    ("acckv-paper", "acckv", {"preset": "paper", "tau": 0.9}),
+    ("acckv-corrected", "acckv", {"preset": "corrected"}),
+    ("acckv-head", "acckv", {"head_mode": "head"}),
+    ("acckv-quantile", "acckv", {"tau_mode": "quantile", "tau": 0.5}),
+    (
+        "acckv-head-quantile",
+        "acckv",
+        {"preset": "corrected", "head_mode": "head", "tau_mode": "quantile", "tau": 0.3},
+    ),
+    ("acckv-no-redistribution", "acckv", {"redistribution": "off"}),
+    ("acckv-no-focusing", "acckv", {"focusing": False}),
+    ("acckv-no-calibration", "acckv", {"calibration": False}),
+    ("acckv-no-calibration-head", "acckv", {"calibration": False, "head_mode": "head"}),
+    ("acckv-no-prefix", "acckv", {"keep_prefix": False}),
+    ("acckv-no-minimum", "acckv", {"min_per_modality": False}),
+    ("acckv-strict-tokens", "acckv", {"strict_budget": "tokens"}),
+    ("acckv-strict-entries", "acckv", {"strict_budget": "entries"}),
+    ("acckv-keep-low", "acckv", {"tau": 1, "min_keep_low": 2, "filter_merged": False}),
+    ("drop-audio", "drop_audio", {"budget": 1.0}),
+    ("drop-audio-budget", "drop_audio", {}),
+    ("drop-video-budget", "drop_video", {"budget_scope": "total"}),
+    ("drop-video-high-layers", "drop_video", {"budget": 1.0, "first_layer": 5}),
+    ("fastv", "fastv", {}),
+    ("fastv-literal", "fastv", {"equalize": False, "first_pruned_layer": 1}),
+    ("full", "full", {}),
+    ("h2o", "h2o", {}),
+    ("h2o-total", "h2o", {"budget_scope": "total", "recent_ratio": 0.25}),
+    ("h2o-text", "h2o", {"protect_text": True}),
+    ("h2o-normalized", "h2o", {"normalize": True}),
+    ("lookm", "lookm", {}),
+    ("lookm-average", "lookm", {"merge": "average", "budget_scope": "total"}),
+    ("lookm-weighted", "lookm", {"merge": "weighted"}),
+    ("lookm-none", "lookm", {"merge": "none"}),
+    ("position-prior", "position_prior", {}),
+    ("pyramidkv", "pyramidkv", {"window": 2, "kernel": 7, "pooling": "max"}),
+    ("pyramidkv-text", "pyramidkv", {"window": 2, "protect_text": True}),
+    ("random", "random", {}),
+    ("random-text", "random", {"protect_text": False, "seed": 7}),
+    ("recent", "recent", {}),
+    ("snapkv", "snapkv", {"window": 4}),
+    ("snapkv-max", "snapkv", {"window": 3, "kernel": 3, "pooling": "max"}),
+    ("snapkv-total", "snapkv", {"window": 4, "budget_scope": "total"}),
+    ("snapkv-text", "snapkv", {"window": 4, "protect_text": True}),
+    ("streaming", "streaming", {"budget_scope": "total"}),
+]
+LAYER = Layer(3, 10)
+HEADS, WIDTH = 4, 8
+
+T, V, A = [TEXT], [VIDEO], [AUDIO]
+# (video tokens, audio tokens, trailing text) -> modalities
+LAYOUTS: dict[str, Callable[[int, int, int], list[int]]] = {
+    "contiguous": lambda v, a, t: T * 3 + V * v + A * a + T * t,
+    "interleaved": lambda v, a, t: T * 2 + (V * 2 + A) * a + T + (A + V) * v + T * t,
+    "video_only": lambda v, a, t: T + V * v + T * 2 + V * a + T * t,
+    "audio_only": lambda v, a, t: T + A * v + T * 2 + A * a + T * t,
+    "no_av": lambda v, a, t: T * (v + a + t),
+    "no_trailing_text": lambda v, a, t: T * t + V * v + A * a,
+}
+# sizes, dtype, KV heads for 4 query heads, all keys equal
+VARIANTS = [
+    ((11, 8, 5), torch.float32, 2, False),
+    ((5, 12, 1), torch.bfloat16, 4, False),
+    ((1, 1, 3), torch.float32, 4, False),
+    ((3, 9, 6), torch.bfloat16, 2, True),
+    ((12, 12, 4), torch.float32, 2, True),
+]
+
+over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+over_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+_made: dict[str, Policy] = {}
+
+
+def make(name: str, **options: Any) -> Policy:
+    """:func:`make_policy`, which looks for installed policies, once per setting."""
+    key = repr((name, options))
+    if key not in _made:
+        _made[key] = make_policy(name, **options)
+    return _made[key]
+
+
+def made(case: Case, **overrides: Any) -> Policy:
+    """The policy of a row; a budget of 0.4 unless the row has its own."""
+    _, name, options = case
+    return make(name, **{"budget": 0.4, **options, **overrides})
+
+
+def keeping_all(case: Case) -> dict[str, Any]:
+    """What switches AccKV's filter off."""
+    if case[1] not in ("acckv", "position_prior"):
+        return {}
+    return {"tau": 0 if case[2].get("tau_mode") == "quantile" else -1}
+
+
+def keeps_text(policy: Policy) -> bool:
+    return policy.name != "streaming" and getattr(policy, "protect_text", True)
+
+
+def merges_into_tokens(policy: Policy) -> bool:
+    return getattr(policy, "merge", "none") != "none"
+
+
+class Sample:
+    """Random queries, keys and values of one layer of one prompt."""
+
+    def __init__(
+        self,
+        modality: list[int],
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        kv_heads: int = 2,
+        equal_keys: bool = False,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        length = len(modality)
+        self.queries = normal(HEADS, length, WIDTH)
+        self.keys = normal(kv_heads, length, WIDTH) + normal(kv_heads, 1, WIDTH)
+        if equal_keys:
+            self.keys = self.keys[:, :1].expand_as(self.keys).contiguous()
+        self.values = normal(kv_heads, length, WIDTH)
+        self.modality = torch.tensor(modality, dtype=torch.int8)
+        self.layout = Layout(self.modality.numpy())
+        self.angles = torch.rand(length, WIDTH // 2, generator=generator) * 6
+        self.prompt = Prompt(self.layout, self.modality, self.angles)
+
+    def scores(self, policy: Policy) -> torch.Tensor:
+        first = policy.first_query(self.layout)
+        rows = self.queries[:, first:].movedim(0, 1)
+        scale, weights = WIDTH**-0.5, policy.weights(self.layout)
+        return observed_attention(rows, self.keys, first, scale, weights)
+
+    def select(self, policy: Policy, scores: torch.Tensor | None = None) -> Selection:
+        scores = self.scores(policy) if scores is None else scores
+        return policy.select(scores, self.keys, self.values, self.prompt, LAYER)
+
+    def compact(self, policy: Policy, scores: torch.Tensor, block_size: int = 1) -> Compacted:
+        return policy.compact(scores, self.keys, self.values, self.prompt, LAYER, block_size)
+
+    def compress(self, policy: Policy, **options: Any) -> Compressed:
+        defaults = {"layer": LAYER.index, "num_layers": LAYER.count, "angles": self.angles}
+        return policy.compress(
+            self.queries, self.keys, self.values, self.modality, **{**defaults, **options}
+        )
+
+
+def samples(*layouts: str) -> list[Sample]:
+    return [
+        Sample(LAYOUTS[layout](*sizes), seed, dtype, kv_heads, equal_keys)
+        for layout in layouts
+        for seed, (sizes, dtype, kv_heads, equal_keys) in enumerate(VARIANTS)
+    ]
+
+
+def decides(policy: Policy, sample: Sample) -> bool:
+    """Whether the policy accepts the prompt at all."""
+    layout = sample.layout
+    return not (policy.needs_trailing_text and layout.av and not layout.trailing_text)
+
+
+def per_head(out: Compressed | Compacted, kv_heads: int) -> list[list[int]]:
+    """Positions of the tokens that every head keeps."""
+    rows = out.positions.expand(kv_heads, -1).tolist()
+    return [[position for position in row if position >= 0] for row in rows]
+
+
+def same(left: Compressed, right: Compressed) -> bool:
+    return (
+        torch.equal(left.keys, right.keys)
+        and torch.equal(left.values, right.values)
+        and torch.equal(left.positions, right.positions)
+        and left.stats == right.stats
+    )
+
+
+# Every policy
+
+
+@over_layouts
+@over_cases
+def test_entries_are_well_formed(case: Case, layout: str) -> None:
+    policy = made(case)
+    for sample in samples(layout):
+        if decides(policy, sample):
+            check_entries(policy, sample)
+            continue
+        with pytest.raises(ValueError, match="modality has no text after its last audio-video"):
+            sample.compress(policy)
+
+
+def check_entries(policy: Policy, sample: Sample) -> None:
+    out = sample.compress(policy)
+    kv_heads, length, _ = sample.keys.shape
+    entries = out.keys.shape[1]
+    assert out.keys.shape == out.values.shape == (kv_heads, entries, WIDTH)
+    assert out.positions.shape in {(1, entries), (kv_heads, entries)}
+    assert out.keys.dtype == out.values.dtype == sample.keys.dtype
+    assert out.keys.isfinite().all() and out.values.isfinite().all()
+    if sample.layout.av:
+        assert entries <= policy.entries(sample.layout, LAYER) <= length
+    text = set((sample.modality == TEXT).nonzero().flatten().tolist())
+    if not getattr(policy, "keep_prefix", True):
+        text = {position for position in text if position >= sample.layout.text_start}
+    for head, kept in enumerate(per_head(out, kv_heads)):
+        assert kept == sorted(set(kept))
+        assert text <= set(kept) or not keeps_text(policy)
+        if merges_into_tokens(policy) and entries < length:
+            continue
+        tokens = out.positions.expand(kv_heads, -1)[head] >= 0
+        assert torch.equal(out.keys[head, tokens], sample.keys[head, kept])
+        assert torch.equal(out.values[head, tokens], sample.values[head, kept])
+    fates = (out.stats.kept, out.stats.merged, out.stats.evicted)
+    assert sum(sum(fate.values()) for fate in fates) == pytest.approx(length)
+
+
+@over_cases
+@settings(max_examples=8, deadline=None)
+@given(
+    layout=st.sampled_from(["contiguous", "interleaved", "video_only", "audio_only"]),
+    sizes=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6)),
+    budget=st.floats(0.01, 1.0) | st.integers(2, 30),
+    scope=st.sampled_from(["av", "total"]),
+    seed=st.integers(0, 99),
+)
+def test_no_budget_is_exceeded(
+    case: Case, layout: str, sizes: tuple[int, int, int], budget: float, scope: str, seed: int
+) -> None:
+    policy = made(case, budget=budget, budget_scope=scope)
+    try:
+        policy.check(LAYER.count)
+    except ValueError:
+        return
+    check_entries(policy, Sample(LAYOUTS[layout](*sizes), seed))
+
+
+@over_cases
+def test_filling_whole_blocks_only_adds_tokens(case: Case) -> None:
+    policy = made(case)
+    for number, sample in enumerate(samples(*LAYOUTS)):
+        if not decides(policy, sample):
+            continue
+        block_size = 2 + number % 7
+        out, filled = sample.compress(policy), sample.compress(policy, block_size=block_size)
+        kv_heads, length, _ = sample.keys.shape
+        entries = filled.keys.shape[1]
+        assert entries >= out.keys.shape[1]
+        assert (length - entries) % block_size == 0
+        for few, more in zip(per_head(out, kv_heads), per_head(filled, kv_heads), strict=True):
+            assert set(few) <= set(more)
+        if entries == length:
+            assert torch.equal(filled.keys, sample.keys)
+            assert torch.equal(filled.values, sample.values)
+
+
+def padded(sample: Sample, garbage: float) -> dict[str, torch.Tensor]:
+    """Arguments with three tokens of left padding."""
+
+    def pad(tensor: torch.Tensor, dim: int, filling: float) -> torch.Tensor:
+        shape = list(tensor.shape)
+        shape[dim] = 3
+        return torch.cat([tensor.new_full(shape, filling), tensor], dim)
+
+    return {
+        "queries": pad(sample.queries, 1, garbage),
+        "keys": pad(sample.keys, 1, garbage),
+        "values": pad(sample.values, 1, garbage),
+        "modality": pad(sample.modality, 0, -1),
+        "angles": pad(sample.angles, 0, garbage),
+    }
+
+
+@over_cases
+def test_left_padding_changes_nothing(case: Case) -> None:
+    policy = made(case)
+    for sample in samples(*LAYOUTS):
+        if not decides(policy, sample):
+            continue
+        out = sample.compress(policy)
+        options = {"layer": LAYER.index, "num_layers": LAYER.count}
+        shifted = policy.compress(**padded(sample, 1e4), **options)
+        assert torch.equal(shifted.positions, torch.where(out.positions < 0, -1, out.positions + 3))
+        torch.testing.assert_close(shifted.keys, out.keys)
+        torch.testing.assert_close(shifted.values, out.values)
+        assert shifted.stats.kept == out.stats.kept
+
+
+def test_left_padding_may_hold_nan() -> None:
+    """Rows that may attend to nothing come out of softmax as NaN."""
+    sample = Sample(LAYOUTS["contiguous"](9, 7, 4))
+    out = acckv().compress(**padded(sample, torch.nan))
+    torch.testing.assert_close(out.keys, sample.compress(acckv()).keys)
+
+
+@over_cases
+def test_equal_calls_and_representations_agree(case: Case) -> None:
+    """A second call, and the same numbers behind other strides, dtypes and observed before."""
+    policy = made(case)
+    for sample in samples("interleaved"):
+        out = sample.compress(policy)
+        assert same(out, sample.compress(policy))
+        assert same(out, sample.compress(policy, scores=sample.scores(policy)))
+        strided = Sample(sample.modality.tolist())
+        strided.queries, strided.keys, strided.values = (
+            states.transpose(0, 1).contiguous().transpose(0, 1)
+            for states in (sample.queries, sample.keys, sample.values)
+        )
+        strided.modality, strided.angles = sample.modality.long(), sample.angles
+        again = strided.compress(policy)
+        assert torch.equal(out.positions, again.positions)
+        torch.testing.assert_close(out.keys, again.keys)
+        torch.testing.assert_close(out.values, again.values)
+
+
+@over_cases
+@pytest.mark.parametrize("block_size", [None, 1, 4])
+def test_without_audio_and_video_the_cache_is_untouched(case: Case, block_size: int | None) -> None:
+    for sample in samples("no_av"):
+        out = sample.compress(made(case), block_size=block_size)
+        assert torch.equal(out.keys, sample.keys) and torch.equal(out.values, sample.values)
+        assert out.positions.tolist() == [list(range(sample.layout.length))]
+
+
+# What the others leave out is no matter of budget.
+BY_BUDGET = [
+    case
+    for case in CASES
+    if case[0] not in ("acckv-no-prefix", "drop-audio", "drop-audio-budget", "drop-video-budget")
+]
+
+
+@pytest.mark.parametrize("case", BY_BUDGET, ids=lambda case: case[0])
+def test_budget_for_everything_is_the_full_cache(case: Case) -> None:
+    policy = made(case, budget=1.0, **keeping_all(case))
+    for sample in samples("contiguous", "interleaved", "video_only", "audio_only"):
+        if sample.keys.eq(sample.keys[:, :1]).all():
+            continue  # cosines are 1 within rounding, above and below any quantile
+        out = sample.compress(policy)
+        assert torch.equal(out.keys, sample.keys) and torch.equal(out.values, sample.values)
+        assert out.positions.tolist() == [list(range(sample.layout.length))]
+
+
+BY_POSITION = ("random", "recent", "streaming", "position_prior")
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[1] not in BY_POSITION], ids=lambda case: case[0]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "interleaved", "video_only", "audio_only"])
+def test_lowest_positions_win_ties(case: Case, layout: str) -> None:
+    """Nothing is attended to, all keys are equal: earlier tokens stay, modality by modality."""
+    heavy = {"recent_ratio": 0} if case[1] in ("h2o", "lookm") else {}
+    policy = made(case, **keeping_all(case), **heavy)
+    sample = Sample(LAYOUTS[layout](9, 7, 4), equal_keys=True)
+    out = sample.compress(policy, scores=torch.zeros(2, sample.layout.length))
+    for kept in per_head(out, 2):
+        for kind in (TEXT, VIDEO, AUDIO):
+            tokens = np.flatnonzero(sample.layout.modalities == kind)
+            tokens = tokens[tokens < sample.layout.text_start].tolist()
+            if kind == TEXT and not getattr(policy, "keep_prefix", True):
+                tokens = []
+            mine = [position for position in kept if position in tokens]
+            assert mine == tokens[: len(mine)]
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "acckv", "random", "recent", "fastv", "lookm"])
+@pytest.mark.parametrize("scope", ["av", "total"])
+@settings(max_examples=15, deadline=None)
+@given(budget=st.floats(0.3, 1.0) | st.integers(25, 60))
+def test_equal_budgets_make_equal_sizes(name: str, scope: str, budget: float) -> None:
+    """Text-protecting policies that merge nothing; the budget has room for the text."""
+    options: dict[str, Any] = {
+        "h2o": {"protect_text": True},
+        "snapkv": {"protect_text": True, "window": 4},
+        "acckv": {"calibration": False},
+        "fastv": {"equalize": False},
+        "lookm": {"merge": "none"},
+    }.get(name, {})
+    policy = make_policy(name, budget=budget, budget_scope=scope, **options)
+    sample = Sample(LAYOUTS["contiguous"](26, 20, 4))
+    whole = 46 if scope == "av" else 53
+    count = int(budget) if budget > 1 else int(budget * whole + 0.5)
+    expected = 7 + min(count, 46) if scope == "av" else min(count, 53)
+    assert sample.compress(policy).keys.shape[1] == expected
+
+
+def test_presets_and_options_of_the_table_are_distinct() -> None:
+    assert len({case[0] for case in CASES}) == len(CASES)
+    assert len({repr(made(case)) for case in CASES}) == len(CASES)
+
+
+# AccKV
+
+acckv_layouts = pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
+head_modes = pytest.mark.parametrize("mode", ["layer", "head"])
+seeds = pytest.mark.parametrize("seed", range(4))
+
+
+def acckv(**options: Any) -> AccKV:
+    policy = make("acckv", **{"budget": 0.4, "tau": -1, "redistribution": "off", **options})
+    assert isinstance(policy, AccKV)
+    return policy
+
+
+def av_of(selection: Selection, sample: Sample) -> list[set[int]]:
+    """Audio-video tokens kept per head (one row in layer mode)."""
+    keep = selection.keep & (sample.modality != TEXT)
+    return [set(row.nonzero().flatten().tolist()) for row in keep]
+
+
+def first_has_priority(selection: Selection) -> list[int]:
+    assert selection.video_weight is not None
+    return [VIDEO if weight >= 0.5 else AUDIO for weight in selection.video_weight.tolist()]
+
+
+@seeds
+@head_modes
+@acckv_layouts
+def test_invariant_01_weights(layout: str, mode: str, seed: int) -> None:
+    sample = Sample(LAYOUTS[layout](11, 8, 5), seed)
+    policy = acckv(head_mode=mode, tau=0.3)
+    scores = sample.scores(policy)
+    once, scaled = sample.select(policy, scores), sample.select(policy, scores * 64)
+    assert once.video_weight is not None and scaled.video_weight is not None
+    assert ((once.video_weight > 0) & (once.video_weight < 1)).all()
+    assert torch.equal(once.video_weight, scaled.video_weight)
+    assert torch.equal(once.keep, scaled.keep)
+    even = sample.select(policy, torch.ones_like(scores)).video_weight
+    assert even is not None and (even == 0.5).all()
+    swap = {TEXT: TEXT, VIDEO: AUDIO, AUDIO: VIDEO}
+    mirrored = Sample([swap[kind] for kind in sample.modality.tolist()], seed)
+    other = mirrored.select(policy, scores)
+    assert other.video_weight is not None
+    torch.testing.assert_close(other.video_weight, 1 - once.video_weight)
+    assert torch.equal(other.keep, once.keep)
+    assert other.filtered is not None and once.filtered is not None
+    assert torch.equal(other.filtered, once.filtered)
+    stats = sample.compress(policy).stats
+    assert stats.video_weight is not None and stats.audio_weight is not None
+    assert stats.video_weight + stats.audio_weight == 1
+
+
+def test_invariant_02_uniform_attention() -> None:
+    sample = Sample(LAYOUTS["contiguous"](20, 15, 6))
+    rows, keys = torch.zeros(44, HEADS, WIDTH), sample.keys
+    full = observed_attention(
+        rows, keys, 0, 1.0, acckv(redistribution="paper").weights(sample.layout)
+    )
+    torch.testing.assert_close(full, torch.ones(2, 44))
+    visible = acckv(redistribution="visible").weights(sample.layout)
+    text_rows = observed_attention(rows[:6], keys, 38, 1.0, visible)
+    torch.testing.assert_close(text_rows[:, :38], torch.ones(2, 38))
+
+
+@pytest.mark.parametrize("redistribution", ["paper", "visible", "off"])
+def test_invariant_03_text_rows_are_rows_of_the_full_matrix(redistribution: str) -> None:
+    sample = Sample(LAYOUTS["interleaved"](9, 6, 5))
+    attention = full_attention(sample.queries, sample.keys, WIDTH**-0.5)
+    length, start = sample.layout.length, sample.layout.text_start
+    expected = torch.zeros(2, length, dtype=torch.float64)
+    for i in range(start, length):
+        for j in range(i + 1):
+            seen_by = length - (max(j, start) if redistribution == "visible" else j)
+            factor = 1 if redistribution == "off" else (i + 1) / seen_by
+            expected[:, j] += attention[:, i, j].reshape(2, 2).mean(1) * factor
+    mine = sample.scores(acckv(redistribution=redistribution))
+    torch.testing.assert_close(mine, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@head_modes
+@acckv_layouts
+@pytest.mark.parametrize("strict", ["off", "tokens", "entries"])
+def test_invariant_04_counts(layout: str, mode: str, strict: str, seed: int) -> None:
+    sample = Sample(LAYOUTS[layout](11, 8, 5), seed)
+    total = sample.layout.av
+    for k in (2, 5, total - 1, total):
+        options = {"budget": k, "head_mode": mode, "strict_budget": strict}
+        policy = acckv(**options)
+        hitters = policy.heavy_hitters(sample.layout)
+        assert hitters == (k if strict != "entries" or k == total else k - 2)
+        selection = sample.select(policy)
+        assert selection.merged is not None
+        plain = sample.select(acckv(**options, calibration=False))
+        for tokens, joint in zip(av_of(selection, sample), av_of(plain, sample), strict=True):
+            counts = [int((sample.modality[sorted(tokens)] == kind).sum()) for kind in (1, 2)]
+            wanted = [int((sample.modality[sorted(joint)] == kind).sum()) for kind in (1, 2)]
+            assert len(joint) == k and min(counts) >= 1
+            assert max(hitters, 2) <= len(tokens) <= max(hitters + (strict == "off"), 2)
+            assert min(wanted) == 0 or strict == "entries" or counts == wanted
+        for tau in (-1, 0.3, 1):
+            entries = sample.compress(acckv(**options, tau=tau)).keys.shape[1]
+            bound = {"off": k + 3, "tokens": k + 2, "entries": max(k, 4)}[strict]
+            assert entries <= min(bound + sample.layout.text, sample.layout.length)
+
+
+@seeds
+@head_modes
+@acckv_layouts
+def test_invariant_05_only_merged_entries_are_new(layout: str, mode: str, seed: int) -> None:
+    sample = Sample(LAYOUTS[layout](11, 8, 5), seed)
+    text = (sample.modality == TEXT).nonzero().flatten().tolist()
+    for options in ({"tau": 0.3}, {"preset": "corrected"}, {"merge_space": "pre_rope"}):
+        out = sample.compress(acckv(head_mode=mode, **options))
+        assert (out.positions < 0).sum(1).max() <= 2
+        for head, row in enumerate(out.positions.expand(2, -1).tolist()):
+            assert set(text) <= set(row)
+            for entry, position in enumerate(row):
+                copies = torch.equal(out.keys[head, entry], sample.keys[head, position])
+                assert copies == (position >= 0)
+
+
+@head_modes
+@acckv_layouts
+def test_invariant_06_budget_for_everything(layout: str, mode: str) -> None:
+    sample = Sample(LAYOUTS[layout](11, 8, 5))
+    for options in ({"budget": 1.0}, {"budget": 99}, {"budget": 99, "preset": "corrected"}):
+        out = sample.compress(acckv(head_mode=mode, **options))
+        assert torch.equal(out.keys, sample.keys) and torch.equal(out.values, sample.values)
+        assert out.stats.merged_entries == 0
+
+
+def test_tau_of_minus_one_keeps_opposite_keys() -> None:
+    """Cosines of exactly opposite keys must not fall below -1 by rounding."""
+    for seed in range(20):
+        sample = Sample(LAYOUTS["contiguous"](5, 5, 3), seed)
+        direction = sample.keys[:, :1]
+        sample.keys = direction * torch.rand(2, 16, 1).add(0.1)
+        sample.keys[:, 8:13] *= -1
+        selection = sample.select(acckv(budget=1.0))
+        assert selection.rejected is not None and not selection.rejected.any()
+
+
+def test_rejected_share_is_none_where_the_filter_did_not_run() -> None:
+    both, one = (Sample(LAYOUTS[name](9, 7, 4)) for name in ("contiguous", "video_only"))
+    assert both.compress(acckv(tau=0.5)).stats.rejected_share is not None
+    assert one.compress(acckv(tau=0.5)).stats.rejected_share is None
+    assert both.compress(acckv(calibration=False)).stats.rejected_share is None
+
+
+@seeds
+@head_modes
+@acckv_layouts
+def test_invariant_07_tau_is_monotone(layout: str, mode: str, seed: int) -> None:
+    sample = Sample(LAYOUTS[layout](11, 8, 5), seed)
+    top = av_of(sample.select(acckv(head_mode=mode)), sample)
+    previous = top
+    for tau in (-1, -0.5, 0, 0.2, 0.4, 0.6, 0.8, 1):
+        selection = sample.select(acckv(head_mode=mode, tau=tau))
+        assert selection.merged is not None
+        kept = av_of(selection, sample)
+        for head, high in enumerate(first_has_priority(selection)):
+            is_high = {j for j in top[head] if sample.modality[j] == high}
+            assert is_high <= kept[head] <= previous[head]
+            assert tau > -1 or kept[head] == top[head]
+            if tau == 1:  # no mean cosine of random keys is 1
+                assert kept[head] == is_high
+                alive = selection.merged.valid[head].tolist()
+                assert [kind == high for kind in selection.merged.modality.tolist()] == alive
+        previous = kept
+
+
+@seeds
+@head_modes
+@acckv_layouts
+def test_invariant_08_merging_conserves_sums(layout: str, mode: str, seed: int) -> None:
+    sample = Sample(LAYOUTS[layout](11, 8, 5), seed)
+    selection = sample.select(acckv(head_mode=mode))
+    merged = selection.merged
+    assert merged is not None and merged.valid.all()
+    keep = selection.keep.expand(2, -1)
+    for head in range(2):
+        for entry, kind in enumerate(merged.modality.tolist()):
+            number = int(merged.sources[head, entry].sum())
+            members = sample.modality == kind
+            for states, mean in ((sample.keys, merged.key), (sample.values, merged.value)):
+                parts = states[head, keep[head] & members].sum(0) + number * mean[head, entry]
+                torch.testing.assert_close(parts, states[head, members].sum(0))
+
+
+@seeds
+@head_modes
+@pytest.mark.parametrize("space", ["post_rope", "pre_rope"])
+def test_invariant_09_merging_does_not_mix_modalities(space: str, mode: str, seed: int) -> None:
+    sample = Sample(LAYOUTS["interleaved"](7, 5, 5), seed)
+    policy = acckv(head_mode=mode, merge_space=space)
+    scores = sample.scores(policy)
+    before = sample.select(policy, scores).merged
+    audio = sample.modality == AUDIO
+    sample.keys[:, audio], sample.values[:, audio] = 7.0, -3.0
+    after = sample.select(policy, scores).merged
+    assert before is not None and after is not None
+    assert torch.equal(before.key[:, 0], after.key[:, 0])
+    assert torch.equal(before.value[:, 0], after.value[:, 0])
+    assert not torch.equal(before.key[:, 1], after.key[:, 1])
+
+
+def mean_cosines(sample: Sample, policy: AccKV) -> dict[int, float]:
+    """Eq. 15-16 with the whole cosine matrix, for the low-priority tokens of layer mode."""
+    selection = sample.select(policy)
+    assert selection.merged is not None and selection.merged.valid.all()
+    assert selection.filtered is not None
+    (high,) = first_has_priority(selection)
+    keys = sample.keys.double()
+    merged = selection.merged.key.double()
+    if policy.tau_mode == "absolute_pre_rope":
+        keys = unrotate(keys, sample.angles.double())
+        merged = torch.stack(
+            [
+                torch.stack([keys[head, row].mean(0) for row in selection.merged.sources[head]])
+                for head in range(2)
+            ]
+        )
+    low = selection.filtered[0].nonzero().flatten().tolist()
+    anchors = [j for j in av_of(selection, sample)[0] if sample.modality[j] == high]
+    cosines = torch.zeros(len(low), dtype=torch.float64)
+    for head in range(2):
+        own = torch.cat([keys[head, anchors], merged[head, [high - 1]]])
+        matrix = torch.cosine_similarity(keys[head, low][:, None], own[None], dim=-1)
+        cosines += matrix.mean(1) / 2
+    return dict(zip(low, cosines.tolist(), strict=True))
+
+
+@seeds
+@acckv_layouts
+@pytest.mark.parametrize("tau_mode", ["absolute", "absolute_pre_rope"])
+def test_invariant_10_fast_cosine_is_that_of_the_full_matrix(
+    tau_mode: str, layout: str, seed: int
+) -> None:
+    """tau just below and just above a token's mean cosine tells whether it is kept."""
+    sample = Sample(LAYOUTS[layout](11, 8, 5), seed)
+    cosines = mean_cosines(sample, acckv(tau_mode=tau_mode))
+    assert cosines
+    for position, cosine in cosines.items():
+        assert -1 <= cosine <= 1
+        for tau, kept in ((cosine - 1e-5, True), (cosine + 1e-5, False)):
+            selection = sample.select(acckv(tau_mode=tau_mode, tau=tau))
+            assert (position in av_of(selection, sample)[0]) == kept
+
+
+@seeds
+@head_modes
+@acckv_layouts
+def test_invariant_11_top_of_a_modality_is_its_share(layout: str, mode: str, seed: int) -> None:
+    sample = Sample(LAYOUTS[layout](11, 8, 5), seed)
+    for k in range(2, 12, 3):
+        options = {"budget": k, "head_mode": mode}
+        tops = av_of(sample.select(acckv(**options)), sample)
+        joints = av_of(sample.select(acckv(**options, calibration=False)), sample)
+        for top, joint in zip(tops, joints, strict=True):
+            lifted = top - joint
+            assert joint <= top and len(lifted) <= 1
+            for position in lifted:
+                kind = sample.modality[position]
+                assert not any(sample.modality[other] == kind for other in joint)
+
+
+@seeds
+@head_modes
+def test_invariant_12_switched_off_modules(mode: str, seed: int) -> None:
+    """Focusing by (.5, .5) changes nothing; without calibration this is a joint top-k."""
+    sample = Sample(LAYOUTS["contiguous"](8, 8, 5), seed)
+    scores = torch.zeros(2, sample.layout.length)
+    generator = torch.Generator().manual_seed(seed)
+    for head in range(2):
+        values = torch.randint(0, 999, (8,), generator=generator).float()
+        scores[head, 3:11] = values[torch.randperm(8, generator=generator)]
+        scores[head, 11:19] = values
+    if mode == "layer":
+        scores = scores[:1].expand(2, -1)
+    focused, plain = (
+        sample.select(acckv(head_mode=mode, focusing=focusing), scores)
+        for focusing in (True, False)
+    )
+    assert focused.video_weight is not None and (focused.video_weight == 0.5).all()
+    assert torch.equal(focused.keep, plain.keep)
+
+    policy = acckv(head_mode=mode, focusing=False, calibration=False, budget=6)
+    observed = sample.scores(policy)
+    rows = observed.mean(0, keepdim=True) if mode == "layer" else observed
+    assert sample.select(policy).merged is None
+    for row, tokens in zip(rows, av_of(sample.select(policy), sample), strict=True):
+        ranking = sorted(range(3, 19), key=lambda j: -float(row[j]))
+        assert tokens == set(ranking[:6])
+
+
+@head_modes
+@pytest.mark.parametrize("layout", ["video_only", "audio_only"])
+def test_invariant_13_single_modality(layout: str, mode: str) -> None:
+    """Selection and merge for the one that is there, no filter."""
+    sample = Sample(LAYOUTS[layout](9, 6, 4))
+    out = sample.compress(acckv(head_mode=mode, tau=1, budget=5))
+    assert out.keys.shape[1] == 5 + 7 + 1
+    assert out.stats.merged_entries == 1
+    assert out.stats.video_weight == (layout == "video_only")
+
+
+def test_invariant_13_no_audio_or_video_and_no_text_rows() -> None:
+    alone, silent = (Sample(LAYOUTS[name](4, 5, 6)) for name in ("no_av", "no_trailing_text"))
+    assert torch.equal(alone.compress(acckv()).keys, alone.keys)
+    with pytest.raises(ValueError, match="modality has no text after its last audio-video token"):
+        silent.compress(acckv())
+
+
+@over_cases
+def test_invariant_14_masks_and_ranges_agree(case: Case) -> None:
+    """Two ranges, and two features over the whole clip whose masks say the same."""
+
+    def feature(modality: str, offset: int, length: int, mask: torch.Tensor | None = None) -> Any:
+        place = SimpleNamespace(offset=offset, length=length, is_embed=mask)
+        return SimpleNamespace(modality=modality, mm_position=place)
+
+    is_video = torch.arange(20) < 11
+    ranges = [feature("video", 3, 11), feature("audio", 14, 9)]
+    masks = [feature("video", 3, 20, is_video), feature("audio", 3, 20, ~is_video)]
+    by_range, by_mask = (
+        Sample(token_modalities(features, 27).tolist()) for features in (ranges, masks)
+    )
+    policy = made(case)
+    assert same(by_range.compress(policy), by_mask.compress(policy))
+
+
+@seeds
+@acckv_layouts
+def test_invariant_17_repeated_kv_heads_select_the_same(layout: str, seed: int) -> None:
+    grouped = Sample(LAYOUTS[layout](11, 8, 5), seed)
+    plain = Sample(LAYOUTS[layout](11, 8, 5), seed)
+    plain.keys, plain.values = (
+        states.repeat_interleave(2, 0) for states in (grouped.keys, grouped.values)
+    )
+    for tau in (-1, 0.3, 0.6):
+        few, many = (sample.compress(acckv(tau=tau)) for sample in (grouped, plain))
+        assert torch.equal(few.positions, many.positions)
+        torch.testing.assert_close(few.keys.repeat_interleave(2, 0), many.keys)
+
+
+@head_modes
+@acckv_layouts
+def test_invariant_18_ties(layout: str, mode: str) -> None:
+    sample = Sample(LAYOUTS[layout](9, 7, 4), equal_keys=True)
+    policy = acckv(head_mode=mode, calibration=False, budget=6)
+    selection = sample.select(policy, torch.zeros(2, sample.layout.length))
+    lowest = np.flatnonzero(sample.layout.modalities)[:6]
+    assert all(tokens == set(lowest.tolist()) for tokens in av_of(selection, sample))
