@@ -217,3 +217,19 @@ def test_every_policy_can_be_asked_for_on_every_server(name: str) -> None:
 def test_wrong_request_settings(extra_args: dict[str, Any], message: str) -> None:
     with pytest.raises(KVPolicyError, match=message):
         for_request(make_policy("acckv"), extra_args)
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_huge_numbers_are_refused_where_they_enter(name: str) -> None:
+    """Nothing that a request may contain reaches a kernel that counts in 32 bits."""
+    fields = policy_class(name).model_fields
+    assert {"budget", "image_as"} <= fields.keys()
+    for key, field in fields.items():
+        if field.annotation is int:
+            for value in (10**30, 2**31, -1):
+                with pytest.raises(KVPolicyError, match=rf"{key} is {value}; it must be"):
+                    for_request(
+                        make_policy("acckv"), {"kv_policy": name, "kv_policy_config": {key: value}}
+                    )
+    with pytest.raises(KVPolicyError, match=r"kv_policy_config is '.*it must be a JSON object"):
+        for_request(make_policy("acckv"), {"kv_policy_config": '{"seed": ' + "9" * 5000 + "}"})

@@ -75,12 +75,14 @@ def test_policy_recipe_in_vllm(package: Path, checkpoint: Path, media: Media) ->
     [
         ("nowhere:Policy", r"'broken' cannot be loaded from nowhere:Policy \(No module named"),
         ("latest_policy:gone", r"'broken' cannot be loaded from latest_policy:gone"),
+        ("broken_on_import:Policy", r"'broken' cannot be loaded from .* \(name 'oops' is not"),
         ("pathlib:Path", r"'broken' of pathlib:Path is not a subclass of"),
     ],
 )
 def test_broken_packages_are_named(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, message: str
 ) -> None:
+    (tmp_path / "broken_on_import.py").write_text("oops")
     metadata = tmp_path / "broken-0.1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 0.1\n")

@@ -212,7 +212,7 @@ def test_a_request_that_ends_with_its_first_token(acckv: Engine, media: Media) -
     trace = acckv.run(media.separate(max_tokens=1))
     assert len(trace.log) == 1
     assert "freed 0 of" in trace.log[0]
-    assert "per layer: video kept" in trace.log[0]
+    assert "entries, video kept" in trace.log[0]
     assert trace.counters["compactions"] == 1
     assert trace.counters["freed_blocks"] == 0
     assert trace.free_before == trace.free_after

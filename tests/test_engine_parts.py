@@ -18,8 +18,10 @@ from vllm_acckv.engine import compat
 from vllm_acckv.engine.blocks import bounded_chunk
 from vllm_acckv.engine.front_end import check_request
 from vllm_acckv.engine.requests import plan_request
+from vllm_acckv.engine.supported import check_policy
 from vllm_acckv.plan import make_plan
 from vllm_acckv.policies import make_policy
+from vllm_acckv.policies.recent import Recent
 from vllm_acckv.policies.rotary import rotate
 from vllm_acckv.spans import TEXT, VIDEO
 
@@ -197,6 +199,28 @@ def test_policies_that_this_engine_cannot_serve(
         return
     with pytest.raises(KVPolicyError, match=sentence):
         check_request(make_policy("acckv"), params, False, config)
+
+
+@pytest.mark.parametrize(
+    ("source", "stages", "sentence"),
+    [
+        (3, 1, "looking_up decides a layer by a later one"),
+        (0, 2, "looking_up does not work with pipeline parallelism"),
+        (0, 1, None),
+    ],
+)
+def test_policies_that_follow_another_layer(source: int, stages: int, sentence: str | None) -> None:
+    class LookingUp(Recent):
+        name = "looking_up"
+
+        def score_layer(self, layer):
+            return source
+
+    if sentence is None:
+        check_policy(engine_config(4, stages), LookingUp())
+        return
+    with pytest.raises(KVPolicyError, match=sentence):
+        check_policy(engine_config(4, stages), LookingUp())
 
 
 def test_prefix_cache_hits_leave_the_observed_rows_to_be_computed() -> None:

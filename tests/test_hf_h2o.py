@@ -85,6 +85,17 @@ def test_goes_on_evicting_like_the_authors(model: Any, ids: torch.Tensor) -> Non
             cache.crop(-1)
 
 
+def test_a_short_prompt_fills_up_before_anything_is_evicted(model: Any, ids: torch.Tensor) -> None:
+    policy = make_policy("h2o", decode="evict", budget=LENGTH + 4, budget_scope="total")
+    tokens, counts = ids[0, :8], []
+    with kv_policy(model, policy, MODALITY):
+        cache = prompted(model, ids).past_key_values
+        for step, token in enumerate(tokens):
+            fed(model, token[None], cache, LENGTH + step)
+            counts.append(lengths(cache)[0])
+    assert counts == [LENGTH + step for step in (1, 2, 3, 4, 4, 4, 4, 4)]
+
+
 def test_text_is_never_evicted_where_it_is_protected(model: Any, ids: torch.Tensor) -> None:
     with kv_policy(model, "h2o", MODALITY, decode="evict", protect_text=True) as run:
         out = prompted(model, ids)
@@ -113,7 +124,9 @@ def test_scores_of_entries_go_on_adding_up(normalize: bool) -> None:
     weights = logits.masked_fill(~causal, -torch.inf).softmax(-1).unflatten(0, (2, 2)).mean(1)
     rows = torch.ones(2, length, dtype=torch.int64).cumsum(1).flip(1)
     totals = weights[:, :length, :length].sum(1)
-    state = Eviction(recent, normalize, totals, rows, torch.zeros(2, length, dtype=torch.bool))
+    state = Eviction(
+        length, recent, normalize, totals, rows, torch.zeros(2, length, dtype=torch.bool)
+    )
     expected = weights.sum(1)
     seen = torch.arange(length + new, 0, -1)
     scores = expected / seen if normalize else expected

@@ -26,6 +26,7 @@ from tests.hf_models import (
 from vllm_acckv.hf import kv_policy
 from vllm_acckv.policies import make_policy
 from vllm_acckv.policies.base import Layer
+from vllm_acckv.policies.recent import Recent
 from vllm_acckv.spans import VIDEO
 
 # Settings by policy; those below MERGING make entries that stand for several tokens.
@@ -326,3 +327,27 @@ def test_refuses_beams_sliding_windows_and_use_outside(ids: torch.Tensor) -> Non
     sliding = tiny("qwen2", "sdpa", use_sliding_window=True, sliding_window=8, max_window_layers=2)
     with pytest.raises(ValueError, match="Layer 2 is of type sliding_attention"):
         kv_policy(sliding, "acckv", MODALITY).__enter__()
+
+
+def test_the_filter_works_on_a_budget_of_everything() -> None:
+    """AVicuna's 160 tokens exceed the clip, so that only the filter is left of AccKV."""
+    model = tiny("llama", "sdpa")
+    with kv_policy(model, "acckv", MODALITY, budget=160, tau=1.0) as run:
+        prompted(model, prompt_ids())
+    assert [stats.rejected_share for stats in run.stats] == [1.0] * 4
+    assert all(min(one.kept["video"], one.kept["audio"]) == 0 for one in run.stats)
+    with kv_policy(model, "acckv", MODALITY, budget=160, tau=1.0, block_size=8) as run:
+        prompted(model, prompt_ids())
+    assert run.skipped == "within the budget"
+
+
+def test_other_ways_to_evict_while_decoding_are_refused() -> None:
+    class Evicting(Recent):
+        name = "evicting"
+        evicts_at_decode = property(lambda self: True)
+
+    with (
+        pytest.raises(ValueError, match="evicting evicts while decoding in a way this runner"),
+        kv_policy(tiny("llama", "sdpa"), Evicting(), MODALITY),
+    ):
+        pass

@@ -8,7 +8,9 @@ tests/reference/kvpress_selections.py. kvpress knows no modalities, so nothing h
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -225,3 +227,36 @@ def test_modalities_do_not_matter(oracle: Oracle, name: str, options: dict[str, 
     for layer in range(LAYERS):
         mixed = oracle.ours(SNAPKV[0], layer, policy)
         assert mixed == oracle.ours(SNAPKV[0], layer, policy, pictures)
+
+
+RUNNER = """
+from vllm_acckv.hf import kv_policy
+
+import json
+import transformers
+from tests.hf_models import MODALITY, generate, prompt_ids, tiny
+
+model = tiny("llama", "sdpa")
+with kv_policy(model, "acckv", MODALITY, budget=0.3, tau=0.2) as run:
+    tokens, _, _ = generate(model, input_ids=prompt_ids())
+kept = [layer.positions.tolist() for layer in run.layers]
+print(json.dumps([transformers.__version__, tokens.tolist(), kept]))
+"""
+
+
+def test_hugging_face_runner_on_kvpress_own_transformers() -> None:
+    """That environment has an older transformers; nothing may depend on which."""
+    printed = [
+        subprocess.run(
+            [python, "-c", RUNNER],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()[-1]
+        for python in (ENVIRONMENT / "bin" / "python", sys.executable)
+    ]
+    (older, *theirs), (newer, *ours) = map(json.loads, printed)
+    assert older != newer
+    assert theirs == ours

@@ -14,6 +14,7 @@ from vllm_acckv.engine.requests import plan_request
 from vllm_acckv.plan import make_plan
 from vllm_acckv.policies import make_policy
 from vllm_acckv.policies.acckv import AccKV
+from vllm_acckv.policies.recent import Recent
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout, token_modalities
 
 T, V, A = TEXT, VIDEO, AUDIO
@@ -145,3 +146,18 @@ def test_the_layer_that_keeps_most_decides_what_is_freed() -> None:
     pyramid = make_plan(modalities((V, 300), (T, 10)), make_policy("pyramidkv", window=8), 16, 4)
     assert list(pyramid.entries) == sorted(pyramid.entries, reverse=True)
     assert pyramid.freed_blocks == (310 - pyramid.entries[0]) // 16
+
+
+def test_sizes_of_a_careless_policy_stay_inside_the_prompt() -> None:
+    """The scheduler counts blocks with what a policy of another package answers."""
+
+    class Careless(Recent):
+        name = "careless"
+
+        def entries(self, layout, layer):
+            return [-100, 1000, 40.0, 41][layer.index]
+
+    plan = make_plan(modalities((T, 5), (V, 80), (T, 5)), Careless(), 16, num_layers=4)
+    assert plan.entries == (0, 90, 40, 41)
+    assert plan.freed_blocks == 0
+    assert all(isinstance(size, int) for size in plan.entries)

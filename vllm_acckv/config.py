@@ -131,7 +131,7 @@ def _json_object(value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise KVPolicyError(
                 f"{_REQUEST_CONFIG} is {value!r}; it must be a JSON object ({error})."
             ) from None
@@ -144,7 +144,7 @@ def _sentence(error: pydantic.ValidationError) -> str:
     """The first complaint of pydantic as a sentence that names the setting."""
     first = error.errors(include_url=False)[0]
     if not first["loc"]:  # several settings that do not fit together
-        return str(first["ctx"]["error"])
+        return first["msg"].removeprefix("Value error, ")
     name = str(first["loc"][0])
     what = _FLAGS.get(name, f"--kv-policy-config {name}")
     allowed = first["msg"].removeprefix("Input should be ")

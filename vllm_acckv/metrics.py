@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_acckv.spans import MODALITY_NAMES
@@ -34,7 +35,7 @@ class RequestReport:
     evicted: dict[str, float] = field(default_factory=_zeros)
     seconds: float = 0.0
 
-    def count(self, fates: list[list[float]]) -> None:
+    def count(self, fates: Sequence[Sequence[float]]) -> None:
         """Add tokens kept, merged and evicted by modality code, as of
         :meth:`vllm_acckv.selection.Kept.fates`."""
         for mine, counts in zip((self.kept, self.merged, self.evicted), fates, strict=True):

@@ -69,13 +69,15 @@ def make_plan(modalities: Modalities, policy: Policy, block_size: int, num_layer
     """Plan the compression of a prompt with these ``modalities`` (int8 ``[P]``)."""
     end = max(len(modalities) - int(policy.compress_before_last_token), 0)
     layout = Layout(modalities[:end])
-    entries = tuple(policy.entries(layout, Layer(index, num_layers)) for index in range(num_layers))
+    wanted = (policy.entries(layout, Layer(index, num_layers)) for index in range(num_layers))
+    # A policy of another package may answer anything; the scheduler counts with it.
+    entries = tuple(min(max(int(size), 0), end) for size in wanted)
     skipped = None
     if policy.name == "full":
         skipped = "policy full"
     elif not layout.av:
         skipped = NO_CLIP
-    elif policy.needs_trailing_text and not layout.trailing_text:
+    elif policy.needs_trailing_text(layout) and not layout.trailing_text:
         skipped = "no text after the last clip"
     elif min(entries) >= end:
         skipped = "within the budget"

@@ -26,7 +26,8 @@ class Options:
     """What the policy lets a user choose; `k` counts audio/video tokens.
 
     `strict_budget` here only decides who gives way to a lifted token; see :func:`naive_budget`
-    for what it makes of k. `position_prior` puts 1 / (l - j) in place of attention.
+    for what it makes of k. `position_prior` puts 1 / (l - j) in place of attention, or a constant
+    unless eq. 1 is as printed.
     """
 
     k: int = 0
@@ -314,7 +315,9 @@ def naive_select(
     assert A.shape[1] == A.shape[2] == K.shape[1] == V.shape[1] == size
     assert t0 > 0, "nothing to compress"
     if opts.position_prior:
-        s = (1 / torch.arange(size, 0, -1, dtype=torch.float64)).expand(n_queries, size)
+        s = torch.ones(n_queries, size, dtype=torch.float64)
+        if opts.redistribution == "paper":
+            s = s / torch.arange(size, 0, -1)
     else:
         assert t0 < size, "no trailing text to score with"
         s = column_sums(A, t0, opts.redistribution)

@@ -63,7 +63,7 @@ def capacity_of(modality: list[int], budget: float, scope: str) -> int:
     """Entries a budget allows: audio-video tokens on top of all text, or all entries."""
     text = len(tokens_of(modality, TEXT))
     whole = len(modality) - text if scope == "av" else len(modality)
-    # The product in float64, as any implementation has it: 0.1 * 25 is a tie, 1/10 * 25 too.
+    # A float product, not a fraction: 0.1 * 25 has to be the tie that its user sees.
     count = math.floor(budget * whole + 0.5) if budget <= 1 else int(budget)
     return min(count, whole) + (text if scope == "av" else 0)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_acckv.config import KVPolicyError
-from vllm_acckv.policies.base import Policy
+from vllm_acckv.policies.base import Layer, Policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -70,7 +70,20 @@ def check_policy(config: VllmConfig, policy: Policy) -> None:
     Raises:
         KVPolicyError: saying what to change.
     """
-    policy.check(num_layers(config), config.parallel_config.pipeline_parallel_size)
+    count = num_layers(config)
+    policy.check(count)
+    sources = [policy.score_layer(Layer(index, count)) for index in range(count)]
+    if any(source > index for index, source in enumerate(sources)):
+        raise KVPolicyError(
+            f"--kv-policy {policy.name} decides a layer by a later one, which is not computed by "
+            "then; choose another policy."
+        )
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages > 1 and sources != list(range(count)):
+        raise KVPolicyError(
+            f"--kv-policy {policy.name} does not work with pipeline parallelism, because layers "
+            "follow the attention of another one; choose another policy."
+        )
     if policy.evicts_at_decode:
         raise KVPolicyError(
             "--kv-policy-config decode is 'evict'; vLLM compresses once after prefill, so it must "

@@ -262,10 +262,13 @@ class PolicyWorker:
         plan, layer = request.plan, self._layer(index)
         source = plan.policy.score_layer(layer)
         # A layer of FastV needs the scores of a lower one, and leaves them to the next.
-        take = request.scores.pop if source == index else request.scores.get
-        scores = take(source, None)
-        if scores is None:  # the policy observes nothing
+        take = request.scores.pop if source == index else request.scores.__getitem__
+        if plan.first_query < plan.end:
+            scores = take(source)
+        else:
             scores = key.new_zeros(key.shape[:2], dtype=torch.float32)
+        if index == self.num_layers - 1:
+            request.scores.clear()
         done = plan.policy.compact(scores, key, value, request.prompt, layer, self.block_size)
         if done.kept.freed_blocks < (plan.end - plan.entries[index]) // self.block_size:
             raise RuntimeError(
@@ -280,9 +283,7 @@ class PolicyWorker:
 
     def _leave_alone(self, request: WorkerRequest, layer_name: str) -> None:
         """Count a layer that keeps everything."""
-        kept = torch.zeros(3, 3)
-        kept[0] = torch.tensor(request.plan.layout.counts)
-        request.fates = request.fates + kept.to(self.device)
+        request.report.count([[*request.plan.layout.counts], [0] * 3, [0] * 3])
         self._count(request, layer_name, 0)
 
     def _count(self, request: WorkerRequest, layer_name: str, freed_blocks: int) -> None:
@@ -296,8 +297,8 @@ class PolicyWorker:
         """Reports of the requests compacted since the last call; reads their counts from the
         device, once per request."""
         for request in self._reported:
-            assert isinstance(request.fates, torch.Tensor)
-            request.report.count(request.fates.tolist())
+            if isinstance(request.fates, torch.Tensor):
+                request.report.count(request.fates.tolist())
         reports = {request.request_id: request.report for request in self._reported}
         self._reported = []
         return reports

@@ -38,6 +38,7 @@ class Eviction:
     """H2O's running scores of the entries of a layer, for ``decode="evict"``.
 
     Attributes:
+        size: entries to keep, as soon as there are so many.
         recent: entries at the end that are always kept.
         normalize: rank by the mean over the rows that saw an entry, not by their sum.
         totals: fp32 ``[G, L]`` attention each entry has got so far, mean over a group's heads.
@@ -45,6 +46,7 @@ class Eviction:
         protected: bool ``[G, L]`` entries that are never evicted.
     """
 
+    size: int
     recent: int
     normalize: bool
     totals: torch.Tensor
@@ -66,8 +68,10 @@ class Eviction:
         totals = scores.gather(1, positions)
         modality = torch.from_numpy(layout.modalities).to(positions.device)
         text = modality[positions] == TEXT
+        size = policy.decode_entries(layout)
         return cls(
-            policy.recent(positions.shape[1] - (layout.text if policy.protect_text else 0)),
+            size,
+            policy.recent(size - (layout.text if policy.protect_text else 0)),
             policy.normalize,
             totals * rows if policy.normalize else totals,
             rows,
@@ -75,26 +79,27 @@ class Eviction:
         )
 
     def step(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-        """Count ``n`` new rows, and drop ``n`` entries.
+        """Count ``n`` new rows, and drop what exceeds ``size``.
 
         Args:
             query: ``[n, H, d]``.
             key: ``[G, L + n, d]``, the new tokens' keys last.
 
         Returns:
-            int64 ``[G, L]``, indices of the entries that stay, ascending.
+            int64 ``[G, min(L + n, size)]``, indices of the entries that stay, ascending.
         """
-        count, size = len(query), self.totals.shape[1]
+        count, held = len(query), self.totals.shape[1]
 
         def extended(state: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.pad(state, (0, count))
 
-        totals = extended(self.totals) + observed_attention(query, key, size, scale)
-        seen_by = torch.arange(size + count, 0, -1, device=key.device).clamp(max=count)
+        totals = extended(self.totals) + observed_attention(query, key, held, scale)
+        seen_by = torch.arange(held + count, 0, -1, device=key.device).clamp(max=count)
         rows = extended(self.rows) + seen_by
         protected = extended(self.protected)
         scores = totals / rows if self.normalize else totals
-        keep = kept_entries(scores.masked_fill(protected, torch.inf), size, self.recent)
+        stay = min(self.size, held + count)
+        keep = kept_entries(scores.masked_fill(protected, torch.inf), stay, self.recent)
         self.totals, self.rows, self.protected = (
             state.gather(1, keep) for state in (totals, rows, protected)
         )

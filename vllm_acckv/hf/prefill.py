@@ -99,7 +99,7 @@ class Prefill:
         self._scores: dict[int, torch.Tensor] = {}
         count = len(plan.entries)
         for index in range(count):
-            if plan.active and plan.compacts(index):
+            if plan.active and self._compacts(index):
                 self._sources[index] = plan.policy.score_layer(Layer(index, count))
                 if self._sources[index] > index:
                     raise ValueError(
@@ -119,7 +119,7 @@ class Prefill:
         value = call.value[0, :, self.padding : self.stop]
         if index in self._sources.values():
             self._scores[index] = self._observed(call, key)
-        if not plan.compacts(index):
+        if not self._compacts(index):
             layer = CompressedLayer(key[None], value[None], self.stop)
             positions = torch.arange(self.padding, self.stop, device=key.device)
             return layer, LayerRun(plan.end, positions[None], _untouched(plan.layout))
@@ -144,6 +144,14 @@ class Prefill:
         layer = CompressedLayer(done.keys[None], done.values[None], self.stop, eviction)
         positions = torch.where(done.positions < 0, -1, done.positions + self.padding)
         return layer, LayerRun(done.keys.shape[1], positions, done.stats)
+
+    def _compacts(self, index: int) -> bool:
+        policy, count = self.plan.policy, len(self.plan.entries)
+        if policy.evicts_at_decode:  # what is left alone now may be full later
+            return True
+        if self.block_size is not None:
+            return self.plan.compacts(index)
+        return not policy.keeps_all(self.plan.layout, Layer(index, count))
 
     @property
     def _needed(self) -> set[int]:

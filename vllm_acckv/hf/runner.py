@@ -26,6 +26,7 @@ from vllm_acckv.hf.prompt import given_modalities, left_padding, modalities_of, 
 from vllm_acckv.plan import make_plan
 from vllm_acckv.policies import make_policy
 from vllm_acckv.policies.base import Policy
+from vllm_acckv.policies.h2o import H2O
 
 NAME = "vllm_acckv"
 
@@ -72,6 +73,8 @@ def kv_policy(
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; expected 1 or more.")
     made = policy if isinstance(policy, Policy) else make_policy(policy, **options)
+    if made.evicts_at_decode and not isinstance(made, H2O):
+        raise ValueError(f"{made.name} evicts while decoding in a way this runner does not know.")
     runner = _Runner(model, made, modality, block_size)
     with runner.installed():
         yield runner.run
@@ -262,8 +265,10 @@ class _Runner:
             image_as = self.policy.image_as
             modalities = modalities_of(ids, self.model.config, image_as, length, padding)
         plan = make_plan(modalities, self.policy, self.block_size or 1, len(self.attentions))
-        unanswered = plan.layout.av and not plan.layout.trailing_text
-        if self.block_size is None and self.policy.needs_trailing_text and unanswered:
+        if self.block_size is None and plan.layout.av and self.policy.name != "full":
+            plan = replace(plan, skipped=None)
+        needs_text = self.policy.needs_trailing_text(plan.layout)
+        if plan.active and needs_text and not plan.layout.trailing_text:
             raise ValueError(
                 f"The prompt has no text after its last audio-video token; {self.policy.name} "
                 "observes the text rows there."

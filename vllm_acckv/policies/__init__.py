@@ -62,7 +62,7 @@ def policy_class(name: Any) -> type[Policy]:
         )
     try:
         found = entries[0].load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a package does on import
         raise KVPolicyError(
             f"The KV policy {name!r} cannot be loaded from {entries[0].value} ({error}); repair or "
             "uninstall its package."

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 import torch
 
-from vllm_acckv.policies.base import Layer, Policy, Prompt, number_in
+from vllm_acckv.policies.base import Count, Layer, Policy, Prompt, number_in
 from vllm_acckv.policies.rotary import rotate, unrotate
 from vllm_acckv.scores import Weights
 from vllm_acckv.selection import Merged, Selection, ranked
@@ -93,7 +93,6 @@ class AccKV(Policy):
 
     name: ClassVar[str] = "acckv"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER, "corrected": CORRECTED}
-    needs_trailing_text: ClassVar[bool] = True
 
     # In front of tau, whose range depends on it.
     tau_mode: Literal["absolute", "absolute_pre_rope", "quantile"] = "absolute"
@@ -107,7 +106,7 @@ class AccKV(Policy):
     min_per_modality: bool = True
     strict_budget: Literal["off", "tokens", "entries"] = "off"
     filter_merged: bool = True
-    min_keep_low: Annotated[int, pydantic.Field(ge=0)] = 0
+    min_keep_low: Count = 0
 
     @property
     def needs_angles(self) -> bool:
@@ -145,6 +144,14 @@ class AccKV(Policy):
                 keep += 1
             keep = max(keep, len(layout.present))
         return min(self._text(layout) + keep + self._merged(layout), layout.length)
+
+    def keeps_all(self, layout: Layout, layer: Layer) -> bool:
+        # The filter works on heavy hitters, also when all tokens are.
+        filters = self.calibration and len(layout.present) == 2
+        return super().keeps_all(layout, layer) and self.keep_prefix and not filters
+
+    def needs_trailing_text(self, layout: Layout) -> bool:
+        return True
 
     def first_query(self, layout: Layout) -> int:
         return layout.text_start
@@ -230,20 +237,21 @@ class AccKV(Policy):
     ) -> Merged:
         """One entry per modality for its tokens that are no heavy hitters (eq. 11-14)."""
         kinds = prompt.layout.present
-        modality = torch.tensor(kinds, dtype=torch.int8, device=top.device)
+        # Made on the device: an upload would wait for it.
+        modality = torch.arange(kinds[0], kinds[-1] + 1, dtype=torch.int8, device=top.device)
         sources = (prompt.modality == modality[:, None]) & ~top[:, None, :]
         sources = sources.expand(key.shape[0], len(kinds), key.shape[1])
         count = sources.sum(-1, keepdim=True).clamp(min=1)
         mean = sources.float() / count
         if self.merge_space == "pre_rope":
             assert prompt.angles is not None
-            plain = mean @ unrotate(key.float(), prompt.angles)
+            plain = mean @ unrotate(key.float().nan_to_num(), prompt.angles)
             merged_key = rotate(plain, mean @ prompt.angles)
         else:
-            merged_key = mean @ key.float()
+            merged_key = mean @ key.float().nan_to_num()
         return Merged(
             merged_key.to(key.dtype),
-            (mean @ value.float()).to(value.dtype),
+            (mean @ value.float().nan_to_num()).to(value.dtype),
             sources.any(-1),
             sources,
             modality,
@@ -273,8 +281,9 @@ class AccKV(Policy):
         total = torch.einsum("gl,gld->gd", anchor.expand(len(unit), -1), unit)
         total = total + torch.einsum("gm,gmd->gd", anchor_merged, merged_unit)
         centre = total / (anchor.sum(1, keepdim=True) + anchor_merged.sum(1, keepdim=True))
-        similarity = torch.einsum("gld,gd->gl", unit, centre)
-        merged_similarity = torch.einsum("gmd,gd->gm", merged_unit, centre)
+        # A cosine rounded to below -1 would fall to a tau of -1.
+        similarity = torch.einsum("gld,gd->gl", unit, centre).clamp(-1, 1)
+        merged_similarity = torch.einsum("gmd,gd->gm", merged_unit, centre).clamp(-1, 1)
         if self.head_mode == "layer":
             similarity = layer.ranks.mean(similarity.mean(0, keepdim=True))
             merged_similarity = layer.ranks.mean(merged_similarity.mean(0, keepdim=True))

@@ -56,6 +56,9 @@ def _ratio(value: Any) -> float:
     return number_in(value, "a number in [0, 1]", lambda number: 0 <= number <= 1)
 
 
+# Bounded, because a request's settings reach kernels that count in 32 bits.
+Count = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
+Positive = Annotated[int, pydantic.Field(ge=1, lt=2**31)]
 Budget = Annotated[float, pydantic.BeforeValidator(_budget)]
 Ratio = Annotated[float, pydantic.BeforeValidator(_ratio)]
 
@@ -129,8 +132,6 @@ class Policy(pydantic.BaseModel):
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    # Whether nothing can be decided without text after the last clip.
-    needs_trailing_text: ClassVar[bool] = False
 
     budget: Budget = 0.2
     budget_scope: Literal["av", "total"] = "av"
@@ -163,11 +164,19 @@ class Policy(pydantic.BaseModel):
         ``layout.length`` for a policy that observes none."""
         return layout.length
 
+    def needs_trailing_text(self, layout: Layout) -> bool:
+        """Whether nothing can be decided without text after the last clip."""
+        return False
+
+    def keeps_all(self, layout: Layout, layer: Layer) -> bool:
+        """Whether the layer drops nothing, whatever the data."""
+        return self.entries(layout, layer) >= layout.length
+
     def score_layer(self, layer: Layer) -> int:
-        """Index of the layer whose observed attention decides ``layer``."""
+        """Index of the layer whose observed attention decides ``layer``: this one or a lower."""
         return layer.index
 
-    def check(self, num_layers: int, pipeline_stages: int = 1) -> None:
+    def check(self, num_layers: int) -> None:
         """Refuse a model this policy cannot serve.
 
         Raises:
@@ -176,8 +185,8 @@ class Policy(pydantic.BaseModel):
 
     @property
     def evicts_at_decode(self) -> bool:
-        """Whether entries are dropped after prefill, too, which only the Hugging Face runner
-        can do."""
+        """Whether entries are dropped after prefill, too. vLLM refuses that; the Hugging Face
+        runner knows H2O's way only."""
         return False
 
     @property

@@ -101,19 +101,22 @@ def compress(
     Raises:
         ValueError: naming an argument that does not fit, its value and what was expected.
     """
-    _check_cache(keys, values, modality)
+    _check_shapes(keys, values, modality)
     padding = int((modality < 0).sum())
     _check_modality(modality, padding)
     keys, values, modality = keys[:, padding:], values[:, padding:], modality[padding:]
+    for name, states in (("keys", keys), ("values", values)):
+        if not bool(states.isfinite().all()):
+            raise ValueError(f"{name} hold NaN or infinity; expected finite numbers only.")
     layout = Layout(modality.to("cpu", torch.int8).numpy())
     _check_layer(policy, layer, num_layers)
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size is {block_size}; expected 1 or more.")
-    angles = _checked_angles(policy, angles, padding, layout)
+    if block_size is not None and not (isinstance(block_size, int) and block_size >= 1):
+        raise ValueError(f"block_size is {block_size}; expected a whole number from 1 on.")
+    angles = _checked_angles(policy, angles, padding, layout, keys.shape[2])
     where = Layer(layer, num_layers)
     if not layout.av or _too_little(policy, layout, where, block_size):
         return _untouched(keys, values, layout, padding)
-    if policy.needs_trailing_text and not layout.trailing_text:
+    if policy.needs_trailing_text(layout) and not layout.trailing_text:
         raise ValueError(
             f"modality has no text after its last audio-video token, position "
             f"{layout.length - 1 + padding}; expected the text rows that {policy.name} observes."
@@ -123,15 +126,18 @@ def compress(
     else:
         observed = _observed(policy, queries, keys, layout, scale)
     if not bool(observed.isfinite().all()):
-        what = "queries or keys" if scores is None else "scores"
+        what = "queries" if scores is None else "scores"
         raise ValueError(f"{what} hold NaN or infinity; expected finite numbers only.")
     prompt = Prompt.of(layout, keys.device, angles)
     done = policy.compact(observed, keys, values, prompt, where, block_size or 1)
     return _result(done, layout, padding)
 
 
-def _check_cache(keys: torch.Tensor, values: torch.Tensor, modality: torch.Tensor) -> None:
-    if keys.dim() != 3 or not keys.is_floating_point():
+def _check_shapes(keys: torch.Tensor, values: torch.Tensor, modality: torch.Tensor) -> None:
+    for name, argument in (("keys", keys), ("values", values), ("modality", modality)):
+        if not isinstance(argument, torch.Tensor):
+            raise ValueError(f"{name} is a {type(argument).__name__}; expected a tensor.")
+    if keys.dim() != 3 or not keys.is_floating_point() or 0 in (keys.shape[0], keys.shape[2]):
         raise ValueError(f"keys are {_form(keys)}; expected floating-point [G, l, d].")
     if values.dim() != 3 or values.shape[:2] != keys.shape[:2] or values.dtype != keys.dtype:
         raise ValueError(
@@ -139,8 +145,6 @@ def _check_cache(keys: torch.Tensor, values: torch.Tensor, modality: torch.Tenso
         )
     if modality.dim() != 1 or modality.dtype.is_floating_point or len(modality) != keys.shape[1]:
         raise ValueError(f"modality is {_form(modality)}; expected int8 [{keys.shape[1]}].")
-    if not bool(values.isfinite().all()):
-        raise ValueError("values hold NaN or infinity; expected finite numbers only.")
 
 
 def _check_modality(modality: torch.Tensor, padding: int) -> None:
@@ -155,21 +159,23 @@ def _check_modality(modality: torch.Tensor, padding: int) -> None:
 
 
 def _check_layer(policy: Policy, layer: int, num_layers: int) -> None:
-    if not 0 <= layer < num_layers:
+    if not (isinstance(layer, int) and 0 <= layer < num_layers):
         raise ValueError(f"layer is {layer}; expected 0 to num_layers - 1 = {num_layers - 1}.")
     policy.check(num_layers)
 
 
 def _checked_angles(
-    policy: Policy, angles: torch.Tensor | None, padding: int, layout: Layout
+    policy: Policy, angles: torch.Tensor | None, padding: int, layout: Layout, width: int
 ) -> torch.Tensor | None:
     if not policy.needs_angles:
         return None
     length = layout.length + padding
-    if angles is None or angles.dim() != 2 or len(angles) != length:
+    fits = angles is not None and angles.dim() == 2 and len(angles) == length
+    if angles is None or not fits or 2 * angles.shape[1] > width:
         form = None if angles is None else _form(angles)
         raise ValueError(
-            f"angles are {form}; {policy.name} with these settings expects [{length}, R/2]."
+            f"angles are {form}; {policy.name} with these settings expects [{length}, R/2], "
+            f"R at most {width}."
         )
     return angles[padding:].float()
 

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-import pydantic
 import torch
 
-from vllm_acckv.policies.base import Budget, Layer, Policy, Prompt
+from vllm_acckv.policies.base import Budget, Count, Layer, Policy, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
 
@@ -27,7 +26,7 @@ class _Drop(Policy):
     dropped: ClassVar[int]
 
     budget: Budget = 1.0
-    first_layer: Annotated[int, pydantic.Field(ge=0)] = 0
+    first_layer: Count = 0
 
     def _rest(self, layout: Layout) -> int:
         """Audio-video tokens of the modality that is not dropped."""
@@ -41,6 +40,9 @@ class _Drop(Policy):
             return layout.length
         size = min(self.capacity(layout), layout.text + self._rest(layout))
         return max(size, layout.text)
+
+    def needs_trailing_text(self, layout: Layout) -> bool:
+        return self._competing(layout)
 
     def first_query(self, layout: Layout) -> int:
         return layout.text_start if self._competing(layout) else layout.length

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-import pydantic
 import torch
 
 from vllm_acckv.config import KVPolicyError
-from vllm_acckv.policies.base import Layer, Policy, Prompt
+from vllm_acckv.policies.base import Layer, Policy, Positive, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import TEXT, Layout
 
@@ -30,20 +29,15 @@ class FastV(Policy):
 
     name: ClassVar[str] = "fastv"
 
-    first_pruned_layer: Annotated[int, pydantic.Field(ge=1)] = 2
+    first_pruned_layer: Positive = 2
     equalize: bool = True
 
-    def check(self, num_layers: int, pipeline_stages: int = 1) -> None:
+    def check(self, num_layers: int) -> None:
         below = self.first_pruned_layer
         if below >= num_layers:
             raise KVPolicyError(
                 f"--kv-policy-config first_pruned_layer is {below}; it must be below the model's "
                 f"{num_layers} layers."
-            )
-        if pipeline_stages > 1:
-            raise KVPolicyError(
-                "--kv-policy fastv does not work with pipeline parallelism, because all layers "
-                "follow the attention of one; choose another policy."
             )
         if self.equalize and self.budget <= below / num_layers:
             raise KVPolicyError(
@@ -65,7 +59,7 @@ class FastV(Policy):
         return layout.length - 1
 
     def score_layer(self, layer: Layer) -> int:
-        return self.first_pruned_layer - 1
+        return min(layer.index, self.first_pruned_layer - 1)
 
     def select(
         self,

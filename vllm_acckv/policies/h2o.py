@@ -52,6 +52,13 @@ class H2O(Policy):
         """Entries of ``size`` that go to the latest tokens."""
         return int(size * self.recent_ratio)
 
+    def decode_entries(self, layout: Layout) -> int:
+        """Entries that ``decode: evict`` allows (H + R), also after a shorter prompt."""
+        size = self.entries(layout, Layer())
+        if self.budget <= 1:
+            return size
+        return max(size, int(self.budget) + (layout.text if self.budget_scope == "av" else 0))
+
     def select(
         self,
         scores: torch.Tensor,

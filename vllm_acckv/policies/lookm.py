@@ -127,4 +127,4 @@ def _wide(rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 def _rows(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """fp32 ``[G, n, D]`` of the given rows ``[G, n]``."""
-    return states.gather(1, _wide(rows, states)).float()
+    return states.gather(1, _wide(rows, states)).float().nan_to_num()

@@ -15,15 +15,17 @@ from vllm_acckv.spans import Layout
 
 
 class PositionPrior(AccKV):
-    """AccKV whose scores are 1 / (l - j).
+    """AccKV whose scores are those of uniform attention: 1 / (l - j), the factor of eq. 1.
 
-    Summed over text rows only, eq. 1 is a recency prior (erratum E2 in docs/policies.md). What
+    Summed over text rows only, eq. 1 is a recency prior (see the errata in docs/policies.md). What
     AccKV gains over this control is what attention adds; without focusing and calibration it is
-    ``recent``.
+    ``recent``. Under another ``redistribution`` than the paper's all scores are equal.
     """
 
     name: ClassVar[str] = "position_prior"
-    needs_trailing_text: ClassVar[bool] = False
+
+    def needs_trailing_text(self, layout: Layout) -> bool:
+        return False
 
     def first_query(self, layout: Layout) -> int:
         return layout.length
@@ -40,5 +42,7 @@ class PositionPrior(AccKV):
         layer: Layer,
     ) -> Selection:
         length = prompt.layout.length
-        left = torch.arange(length, 0, -1, device=key.device, dtype=torch.float32)
-        return super().select((1 / left).expand(len(key), length), key, value, prompt, layer)
+        prior = torch.ones(length, device=key.device)
+        if self.redistribution == "paper":
+            prior = 1 / torch.arange(length, 0, -1, device=key.device, dtype=torch.float32)
+        return super().select(prior.expand(len(key), length), key, value, prompt, layer)

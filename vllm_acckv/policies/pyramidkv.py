@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-import pydantic
-
-from vllm_acckv.policies.base import Layer
+from vllm_acckv.policies.base import Layer, Positive
 from vllm_acckv.policies.snapkv import SnapKV
 from vllm_acckv.spans import Layout
 
@@ -26,7 +24,7 @@ class PyramidKV(SnapKV):
 
     name: ClassVar[str] = "pyramidkv"
 
-    beta: Annotated[int, pydantic.Field(ge=1)] = 20
+    beta: Positive = 20
 
     def entries(self, layout: Layout, layer: Layer) -> int:
         size = super().entries(layout, layer)

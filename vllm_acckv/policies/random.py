@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Any, ClassVar
 
-import pydantic
 import torch
 
-from vllm_acckv.policies.base import Layer, Policy, Prompt
+from vllm_acckv.policies.base import Count, Layer, Policy, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import TEXT, Layout
+
+_MASK = (1 << 32) - 1
+_MAX_LAYERS = 1 << 10
 
 
 class Random(Policy):
@@ -24,7 +26,7 @@ class Random(Policy):
     name: ClassVar[str] = "random"
 
     protect_text: bool = True
-    seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
+    seed: Count = 0
 
     def entries(self, layout: Layout, layer: Layer) -> int:
         return max(self.capacity(layout), layout.text if self.protect_text else 0)
@@ -37,8 +39,20 @@ class Random(Policy):
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
-        # Drawn on the host, so that every device and every rank gets the same numbers.
-        generator = torch.Generator().manual_seed(self.seed + (layer.index << 32))
-        drawn = torch.rand(1, prompt.layout.length, generator=generator).to(key.device)
+        position = torch.arange(prompt.layout.length, device=key.device)
+        drawn = _mixed(position ^ _mixed(self.seed * _MAX_LAYERS + layer.index))
         protected = prompt.modality == TEXT if self.protect_text else None
-        return select_best(drawn, self.entries(prompt.layout, layer), protected)
+        size = self.entries(prompt.layout, layer)
+        return select_best((drawn >> 8).float()[None], size, protected)
+
+
+def _mixed(number: Any) -> Any:
+    """MurmurHash3's finalizer: scrambled bits of an ``int`` or int64 tensor, in [0, 2**32).
+
+    Unlike a generator's, its numbers are the same on every device and rank, and nothing has to be
+    uploaded.
+    """
+    number = number & _MASK
+    number = ((number ^ (number >> 16)) * 0x85EBCA6B) & _MASK
+    number = ((number ^ (number >> 13)) * 0xC2B2AE35) & _MASK
+    return number ^ (number >> 16)

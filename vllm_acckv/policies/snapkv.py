@@ -9,7 +9,7 @@ import pydantic
 import torch
 from pydantic_core import PydanticCustomError
 
-from vllm_acckv.policies.base import Layer, Policy, Prompt
+from vllm_acckv.policies.base import Layer, Policy, Positive, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import TEXT, Layout
 
@@ -32,8 +32,8 @@ class SnapKV(Policy):
 
     name: ClassVar[str] = "snapkv"
 
-    window: Annotated[int, pydantic.Field(ge=1)] = 32
-    kernel: Annotated[int, pydantic.Field(ge=1), pydantic.AfterValidator(_odd)] = 5
+    window: Positive = 32
+    kernel: Annotated[Positive, pydantic.AfterValidator(_odd)] = 5
     pooling: Literal["average", "max"] = "average"
     protect_text: bool = False
 

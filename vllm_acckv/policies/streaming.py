@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-import pydantic
 import torch
 
-from vllm_acckv.policies.base import Layer, Policy, Prompt
+from vllm_acckv.policies.base import Count, Layer, Policy, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import Layout
 
@@ -24,7 +23,7 @@ class Streaming(Policy):
 
     name: ClassVar[str] = "streaming"
 
-    sinks: Annotated[int, pydantic.Field(ge=0)] = 4
+    sinks: Count = 4
 
     def entries(self, layout: Layout, layer: Layer) -> int:
         return self.capacity(layout)
