@@ -11,7 +11,7 @@ import torch
 
 from vllm_acckv.config import from_mapping
 from vllm_acckv.engine.requests import plan_request
-from vllm_acckv.plan import make_plan
+from vllm_acckv.plan import make_plan, returns_memory
 from vllm_acckv.policies import make_policy
 from vllm_acckv.policies.acckv import AccKV
 from vllm_acckv.policies.recent import Recent
@@ -161,3 +161,21 @@ def test_sizes_of_a_careless_policy_stay_inside_the_prompt() -> None:
     assert plan.entries == (0, 90, 40, 41)
     assert plan.freed_blocks == 0
     assert all(isinstance(size, int) for size in plan.entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "returns"),
+    [
+        ("acckv", {}, True),
+        ("pyramidkv", {}, True),
+        ("drop_audio", {}, True),
+        ("drop_audio", {"first_layer": 14}, False),
+        ("fastv", {}, False),
+        ("full", {}, False),
+        ("snapkv", {"budget": 1.0}, False),
+    ],
+)
+def test_policies_that_return_no_memory_are_known_at_startup(
+    name: str, options: dict, returns: bool
+) -> None:
+    assert returns_memory(make_policy(name, **options), 16, 28) == returns

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from vllm_acckv.policies.base import Layer, Policy
-from vllm_acckv.spans import Layout, Modalities
+from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout, Modalities
 
 NO_CLIP = "no audio or video"
 
@@ -63,6 +65,14 @@ class Plan:
     def compacts(self, layer: int) -> bool:
         """Whether a layer frees a block or more; the others are left alone."""
         return self.end - self.entries[layer] >= self.block_size
+
+
+def returns_memory(policy: Policy, block_size: int, num_layers: int) -> bool:
+    """Whether a long clip's blocks come back: not if some layer keeps everything, because layers
+    share their block tables."""
+    clip = [VIDEO] * 5000 + [AUDIO] * 5000
+    modalities = np.array([*clip, *[TEXT] * 100], dtype=np.int8)
+    return make_plan(modalities, policy, block_size, num_layers).freed_blocks > 0
 
 
 def make_plan(modalities: Modalities, policy: Policy, block_size: int, num_layers: int = 1) -> Plan:

@@ -32,7 +32,7 @@ from vllm_acckv.engine.supported import num_layers
 from vllm_acckv.engine.verify import verify_layers
 from vllm_acckv.engine.worker import PolicyWorker, set_current_worker
 from vllm_acckv.metrics import RequestReport
-from vllm_acckv.plan import NO_CLIP
+from vllm_acckv.plan import NO_CLIP, returns_memory
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -192,6 +192,14 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
             len(layers),
             ", ".join(f"{key}={value}" for key, value in self.policy.model_dump().items()),
         )
+        (manager,) = self._managers
+        returns = returns_memory(self.policy, manager.block_size, self._num_layers)
+        if self.policy.name != "full" and not returns:
+            logger.warning(
+                "KV policy %s returns no memory with these settings: some layer keeps everything, "
+                "and all layers share their blocks.",
+                self.policy.name,
+            )
 
     def on_new_request(self, request: Request) -> None:
         (manager,) = self._managers
