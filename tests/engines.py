@@ -31,6 +31,13 @@ RUNNER_V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
 }
+# Two ranks on two cores; pipeline stages need compilation, whose backend here is eager.
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+TWO_STAGES = {
+    "pipeline_parallel_size": 2,
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
 WITHOUT_PLUGIN = {"VLLM_PLUGINS": "acckv_cpu_media"}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import LONG_QUESTION, RUNNERS, Media, Reference, difference
-from tests.engines import Ask, Engine, Trace
+from tests.engines import TWO_CORES, TWO_STAGES, Ask, Engine, Trace
 
 LAYOUTS = ["separate", "interleaved", "two_separate", "two_interleaved"]
 BUDGETS = [1.0, 0.5, 0.2, 0.1]
@@ -140,7 +140,7 @@ def test_hazard_11_tensor_parallel_ranks_agree(
     ]
     with Engine(
         checkpoint,
-        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        TWO_CORES,
         additional_config={"kv_policy": "acckv"},
         tensor_parallel_size=2,
     ) as engine:
@@ -157,11 +157,9 @@ def test_pipeline_stages(checkpoint: Path, media: Media, reference: Reference) -
     requests = [media.separate(), media.two_interleaved(xargs={"kv_tau": -1.0})]
     with Engine(
         checkpoint,
-        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        TWO_CORES,
         additional_config={"kv_policy": "acckv"},
-        pipeline_parallel_size=2,
-        enforce_eager=False,
-        compilation_config={"mode": 2, "backend": "eager"},
+        **TWO_STAGES,
     ) as engine:
         trace = engine.run(*requests)
     for ask, answer in zip(requests, trace.answers, strict=True):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import BLOCK_SIZE, LONG_QUESTION, Media, Reference, difference
-from tests.engines import Ask, Engine, Trace
+from tests.engines import TWO_CORES, TWO_STAGES, Ask, Engine, Trace
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO
 
 # The tiny model has four layers, so that two of them full leave no room for 30 %.
@@ -145,7 +145,7 @@ def test_ranks_agree(checkpoint: Path, media: Media, reference: Reference) -> No
     asks = requests_for(media, "separate", list(POLICIES))
     with Engine(
         checkpoint,
-        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        TWO_CORES,
         additional_config={"kv_policy": "acckv"},
         tensor_parallel_size=2,
     ) as engine:
@@ -163,11 +163,9 @@ def test_stages_know_their_layers(checkpoint: Path, media: Media, reference: Ref
     asks = requests_for(media, "separate", cases)
     with Engine(
         checkpoint,
-        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        TWO_CORES,
         additional_config={"kv_policy": "pyramidkv"},
-        pipeline_parallel_size=2,
-        enforce_eager=False,
-        compilation_config={"mode": 2, "backend": "eager"},
+        **TWO_STAGES,
     ) as engine:
         trace = engine.run(*asks)
         with pytest.raises(RuntimeError, match="fastv does not work with pipeline parallelism"):

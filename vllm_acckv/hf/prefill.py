@@ -12,10 +12,9 @@ import torch
 from vllm_acckv.hf.cache import CompressedLayer, Eviction
 from vllm_acckv.plan import Plan
 from vllm_acckv.policies.base import Layer, Policy
-from vllm_acckv.policies.compression import Stats
+from vllm_acckv.policies.compression import Stats, untouched
 from vllm_acckv.policies.h2o import H2O
 from vllm_acckv.scores import observed_attention
-from vllm_acckv.spans import MODALITY_NAMES, Layout
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -120,9 +119,9 @@ class Prefill:
         if index in self._sources.values():
             self._scores[index] = self._observed(call, key)
         if not self._compacts(index):
+            done = untouched(key, value, plan.layout, self.padding)
             layer = CompressedLayer(key[None], value[None], self.stop)
-            positions = torch.arange(self.padding, self.stop, device=key.device)
-            return layer, LayerRun(plan.end, positions[None], _untouched(plan.layout))
+            return layer, LayerRun(plan.end, done.positions, done.stats)
         scores = self._scores[self._sources.pop(index)].to(key.device)
         self._scores = {
             source: kept for source, kept in self._scores.items() if source in self._needed
@@ -164,11 +163,3 @@ class Prefill:
         rows = call.query[0, :, self.padding + first : self.stop].transpose(0, 1)
         weights = self.plan.policy.weights(self.plan.layout)
         return observed_attention(rows, key, first, call.scale, weights)
-
-
-def _untouched(layout: Layout) -> Stats:
-    """Counts of a layer that drops nothing but padding."""
-    names = MODALITY_NAMES.values()
-    kept = {name: float(count) for name, count in zip(names, layout.counts, strict=True)}
-    nothing = dict.fromkeys(names, 0.0)
-    return Stats(None, None, kept, nothing, dict(nothing), 0.0, None)

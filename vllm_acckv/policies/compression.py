@@ -115,7 +115,7 @@ def compress(
     angles = _checked_angles(policy, angles, padding, layout, keys.shape[2])
     where = Layer(layer, num_layers)
     if not layout.av or _too_little(policy, layout, where, block_size):
-        return _untouched(keys, values, layout, padding)
+        return untouched(keys, values, layout, padding)
     if policy.needs_trailing_text(layout) and not layout.trailing_text:
         raise ValueError(
             f"modality has no text after its last audio-video token, position "
@@ -225,9 +225,9 @@ def _too_little(policy: Policy, layout: Layout, layer: Layer, block_size: int | 
     return layout.length - policy.entries(layout, layer) < block_size
 
 
-def _untouched(
-    keys: torch.Tensor, values: torch.Tensor, layout: Layout, padding: int
-) -> Compressed:
+def untouched(keys: torch.Tensor, values: torch.Tensor, layout: Layout, padding: int) -> Compressed:
+    """A layer that keeps all ``l`` tokens of ``keys`` and ``values`` ``[G, l, d]``, which
+    followed ``padding`` others."""
     all_kept = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
     positions = torch.arange(layout.length, device=keys.device).expand(keys.shape[:2])
     kept = Kept(0, layout.length, all_kept, None)
