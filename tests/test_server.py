@@ -17,6 +17,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests import test_dashboard
 from tests.conftest import Media
 from vllm_acckv.tools import clips
 from vllm_acckv.tools.demo import COMPACTIONS, FINISHED, FREED_BLOCKS, SKIPPED, TOKENS
@@ -24,6 +25,9 @@ from vllm_acckv.tools.server import ENVIRONMENT, Metrics, Server
 
 USAGE = "vllm:kv_cache_usage_perc"
 RUNNING = "vllm:num_requests_running"
+SAVED_BLOCKS = "vllm:kv_policy_saved_blocks"
+SAVED_TOKENS = "vllm:kv_policy_saved_tokens"
+SECONDS_SPENT = "vllm:kv_policy_compaction_seconds"
 SECONDS = 12
 QUESTION = {"type": "text", "text": "What happens in the clip?"}
 AUDIO_IN_VIDEO = {"mm_processor_kwargs": {"use_audio_in_video": True}}
@@ -34,7 +38,8 @@ def server(
     checkpoint: Path, media: Media, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with Server(checkpoint, "--kv-policy", "acckv", media=media.folder, log=log) as running:
+    flags = ("--kv-policy", "acckv", "--kv-request-max-budget", "1")
+    with Server(checkpoint, *flags, media=media.folder, log=log) as running:
         yield running
 
 
@@ -96,7 +101,9 @@ def assert_compacted(
     kept, total = difference(TOKENS, fate="kept"), sum(tokens.values())
     assert 0 < kept < total
     assert difference(TOKENS, fate="evicted") > 0
-    assert difference("vllm:kv_policy_seconds_total") > 0
+    assert difference(f"{SECONDS_SPENT}_count") == 1
+    assert difference(f"{SECONDS_SPENT}_sum") > 0
+    assert after.value(SAVED_BLOCKS) == after.value(SAVED_TOKENS) == 0
     freed = difference(FREED_BLOCKS)
     assert freed > 0
     assert difference(SKIPPED) == 0
@@ -213,6 +220,7 @@ BUDGET_RANGE = "a ratio in (0, 1] or a whole number above 1"
         ("kv_tau", 2, ("is 2;", "[-1, 1]")),
         ("kv_policy", "fastv", ("kv_budget is 0.2", "0.50")),
         ("kv_budgets", 0.5, ("'kv_budgets'", "kv_policy, kv_budget, kv_tau")),
+        ("kv_budget", 160, ("is 160;", "a ratio of at most 1 (--kv-request-max-budget)")),
     ],
 )
 def test_bad_setting_gets_400(
@@ -228,7 +236,8 @@ def test_client_that_goes_away(server: Server, media: Media) -> None:
     stream = ask(server, content, body, stream=True, max_tokens=3000)
     for _, chunk in zip(range(4), stream, strict=False):
         request_id = chunk.id
-    server.wait_for_metrics(lambda now: now.value(USAGE) > before.value(USAGE), "a used block")
+    during = server.wait_for_metrics(lambda now: now.value(SAVED_BLOCKS) > 0, "a saved block")
+    assert during.value(USAGE) > before.value(USAGE)
     stream.close()
     after = server.wait_for_metrics(
         lambda now: now.value(RUNNING) == 0 and now.value(USAGE) == before.value(USAGE),
@@ -237,12 +246,37 @@ def test_client_that_goes_away(server: Server, media: Media) -> None:
     assert after.value(COMPACTIONS) == before.value(COMPACTIONS) + 1
     (line,) = policy_lines(server, request_id)
     assert "video kept" in line
+    assert_saved(before, during, after)
+
+
+def assert_saved(before: Metrics, during: Metrics, after: Metrics) -> None:
+    """What the gauges said while one request decoded is what the counters say since."""
+
+    def difference(name: str, **labels: str) -> float:
+        return after.value(name, **labels) - before.value(name, **labels)
+
+    assert during.value(SAVED_BLOCKS) == difference(FREED_BLOCKS) > 0
+    for modality in ("video", "audio", "text"):
+        gone = [difference(TOKENS, modality=modality, fate=fate) for fate in ("merged", "evicted")]
+        assert during.value(SAVED_TOKENS, modality=modality) == pytest.approx(sum(gone))
+    assert during.value(SAVED_TOKENS) > 0
+    assert after.value(SAVED_BLOCKS) == after.value(SAVED_TOKENS) == 0
+
+
+def test_dashboard_asks_for_what_is_exported(server: Server, media: Media) -> None:
+    before = server.metrics()
+    ask(server, [QUESTION], {})
+    after = after_one_more(server, before, SKIPPED)  # names the first reason
+    missing = test_dashboard.metric_names() - after.names()
+    assert not missing
+    for labels in after.labels(SAVED_TOKENS):
+        assert labels.keys() == {"model_name", "engine", "modality"}
 
 
 # Refusals to start
 
 POLICY = ("--kv-policy", "acckv")
-NGRAM = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
+NGRAM_GPU = '{"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
 CONNECTOR = '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'
 REFUSED_FLAGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("--kv-policy", "nope"): ("--kv-policy is 'nope'", "acckv, drop_audio"),
@@ -263,8 +297,11 @@ REFUSED_FLAGS: dict[tuple[str, ...], tuple[str, ...]] = {
         "budget=0.3",
     ),
     (*POLICY, "--additional-config", '{"kv_policy": "acckv"}'): ("--additional-config",),
+    ("--kv-request-policies", "none"): ("--kv-request-policies", "need --kv-policy"),
+    (*POLICY, "--kv-request-policies", "h2o2"): ("'h2o2'", "none, or of acckv, drop_audio"),
+    (*POLICY, "--kv-request-max-budget", "0"): ("max-budget is '0'", BUDGET_RANGE),
     (*POLICY, "--kv-cache-dtype", "fp8"): (*POLICY, "--kv-cache-dtype fp8"),
-    (*POLICY, "--speculative-config", NGRAM): (*POLICY, "--speculative-config"),
+    (*POLICY, "--speculative-config", NGRAM_GPU): (*POLICY, "--speculative-config", "ngram_gpu"),
     (*POLICY, "--kv-transfer-config", CONNECTOR): (*POLICY, "--kv-transfer-config"),
 }
 
@@ -400,5 +437,30 @@ def test_command_itself_refuses(checkpoint: Path) -> None:
 def test_help_shows_the_flags(forks: Forks, topic: str) -> None:
     ending = forks.run((f"--help={topic}",))
     assert ending.exit_code == 0
-    for flag in ("--kv-policy", "--kv-budget", "--kv-tau", "--kv-policy-config"):
+    settings = ("--kv-policy", "--kv-budget", "--kv-tau", "--kv-policy-config")
+    for flag in (*settings, "--kv-request-policies", "--kv-request-max-budget"):
         assert f"  {flag} " in ending.output
+
+
+def test_stream_is_the_whole_answer_in_pieces(server: Server, media: Media) -> None:
+    content, body = clip_request(media, "separate")
+    options = {"logprobs": True, "top_logprobs": 2, "temperature": 1.0, "seed": 4}
+    completion = ask(server, content, body, **options)
+    (whole,) = completion.choices
+    usage = {"include_usage": True}
+    *chunks, last = ask(server, content, body, stream=True, stream_options=usage, **options)
+    pieces = [choice for chunk in chunks for choice in chunk.choices if choice.logprobs]
+    assert len(pieces) > 3
+    assert "".join(piece.delta.content for piece in pieces) == whole.message.content
+    assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
+    entries = [entry for piece in pieces for entry in piece.logprobs.content]
+    for entry, expected in zip(entries, whole.logprobs.content, strict=True):
+        assert entry.token == expected.token
+        assert entry.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        assert [top.token for top in entry.top_logprobs] == [
+            top.token for top in expected.top_logprobs
+        ]
+    assert all(chunk.usage is None for chunk in chunks)
+    assert not last.choices
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert getattr(last.usage, name) == getattr(completion.usage, name)

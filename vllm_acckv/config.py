@@ -13,12 +13,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pydantic
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from vllm_acckv.policies.base import Policy
 
 # Name a user knows a setting by, for error messages; the rest are keys of --kv-policy-config.
-_FLAGS = {"policy": "--kv-policy", "budget": "--kv-budget", "tau": "--kv-tau"}
+_FLAGS = {
+    "policy": "--kv-policy",
+    "budget": "--kv-budget",
+    "tau": "--kv-tau",
+    "policies": "--kv-request-policies",
+    "max_budget": "--kv-request-max-budget",
+}
 _REQUEST_KEYS = {"kv_policy": "policy", "kv_budget": "budget", "kv_tau": "tau"}
 _REQUEST_CONFIG = "kv_policy_config"
 
@@ -27,6 +34,109 @@ DEFAULT_POLICY = "acckv"
 
 class KVPolicyError(ValueError):
     """A setting of the user that cannot be honoured; the message says what to change."""
+
+
+class RequestLimits(pydantic.BaseModel):
+    """What a request may set about its KV policy. One that sets nothing gets the server's.
+
+    Attributes:
+        policies: those it may end up with, as a list or separated by commas; ``None`` for any. If
+            empty (``none`` on a command line), it may set nothing.
+        max_budget: the largest budget it may end up with, a ratio or a number of tokens.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    policies: tuple[str, ...] | None = None
+    max_budget: float | None = None
+
+    @pydantic.field_validator("policies", mode="plain")
+    @classmethod
+    def _known(cls, names: Any) -> tuple[str, ...]:
+        from vllm_acckv.policies import policy_names
+
+        known = policy_names()
+        if isinstance(names, str):
+            names = [] if names == "none" else [name.strip() for name in names.split(",")]
+        if not isinstance(names, (list, tuple)) or any(name not in known for name in names):
+            raise PydanticCustomError("policies", f"Input should be none, or of {', '.join(known)}")
+        return tuple(names)
+
+    @pydantic.field_validator("max_budget", mode="plain")
+    @classmethod
+    def _a_budget(cls, value: Any) -> float:
+        from vllm_acckv.policies.base import Policy
+
+        try:
+            return Policy(budget=value).budget
+        except pydantic.ValidationError as error:
+            raise PydanticCustomError("budget", error.errors()[0]["msg"]) from None
+
+    def check(self, server: Policy, own: Policy) -> None:
+        """Refuse a request's ``own`` policy, made by its settings on top of the ``server``'s.
+
+        Raises:
+            KVPolicyError: saying what the request may ask for.
+        """
+        if self.policies is not None and own.name not in self.policies:
+            if not self.policies:
+                raise KVPolicyError(
+                    "This server does not let requests change its KV policy "
+                    "(--kv-request-policies none); leave out kv_policy, kv_budget, kv_tau and "
+                    "kv_policy_config."
+                )
+            raise KVPolicyError(
+                f"kv_policy is {own.name!r}; a request that changes the KV policy of this server "
+                f"must use {' or '.join(self.policies)} (--kv-request-policies)."
+            )
+        if self.max_budget is not None:
+            self._check_budget(self.max_budget, server, own)
+
+    @staticmethod
+    def _check_budget(bound: float, server: Policy, own: Policy) -> None:
+        budget, what = own.budget, f"kv_budget is {own.budget:.15g}"
+        if own.name == "full":
+            budget, what = 1.0, "kv_policy is 'full', which counts as a kv_budget of 1.0"
+        limit = f"{bound:.15g} (--kv-request-max-budget)"
+        if (budget <= 1) != (bound <= 1):
+            kind = "a ratio" if bound <= 1 else "a number of tokens"
+            raise KVPolicyError(
+                f"{what}; this server bounds it by {kind}, so it must be {kind} of at most {limit}."
+            )
+        if budget > bound:
+            raise KVPolicyError(f"{what}; on this server it must be at most {limit}.")
+        # The same number is more of the prompt if it counts less of it.
+        for key, least in (("budget_scope", "av"), ("image_as", "text")):
+            value, servers = getattr(own, key), getattr(server, key)
+            if value == least != servers:
+                raise KVPolicyError(
+                    f"kv_policy_config {key} is {value!r}; on this server, which bounds budgets, "
+                    f"it must be {servers!r} (--kv-request-max-budget)."
+                )
+
+
+def limits_from_mapping(values: Any) -> RequestLimits:
+    """Build the limits from JSON-like ``values``, for example
+    ``{"policies": ["full"], "max_budget": 0.5}``.
+
+    Raises:
+        KVPolicyError: for an unknown key or a value outside its range.
+    """
+    if not isinstance(values, Mapping):
+        raise KVPolicyError(
+            f"The limits of requests are {values!r}; they must be a JSON object such as "
+            '{"policies": ["full"], "max_budget": 0.5}.'
+        )
+    for key in values:
+        if key not in RequestLimits.model_fields:
+            raise KVPolicyError(
+                f"{key} is no limit of requests; it must be one of "
+                f"{', '.join(RequestLimits.model_fields)}."
+            )
+    try:
+        return RequestLimits(**values)
+    except pydantic.ValidationError as error:
+        raise KVPolicyError(_sentence(error)) from None
 
 
 def from_mapping(values: Any) -> Policy:

@@ -9,7 +9,14 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_acckv.config import DEFAULT_POLICY, KVPolicyError, from_mapping, to_mapping
+from vllm_acckv.config import (
+    DEFAULT_POLICY,
+    KVPolicyError,
+    RequestLimits,
+    from_mapping,
+    limits_from_mapping,
+    to_mapping,
+)
 from vllm_acckv.engine import compat
 from vllm_acckv.policies import policy_names
 
@@ -17,9 +24,11 @@ if TYPE_CHECKING:
     from vllm_acckv.policies.base import Policy
 
 CONFIG_KEY = "kv_policy"
+LIMITS_KEY = "kv_policy_requests"
 
 # Settings with a flag of their own -> where the parser puts their values.
 _FLAGS = {"policy": "kv_policy", "budget": "kv_budget", "tau": "kv_tau"}
+_LIMITS = {"policies": "kv_request_policies", "max_budget": "kv_request_max_budget"}
 
 
 def install() -> None:
@@ -39,6 +48,22 @@ def requested(additional_config: Any) -> Policy | None:
         return None
     value = additional_config[CONFIG_KEY]
     return from_mapping({"policy": value} if isinstance(value, str) else value)
+
+
+def request_limits(additional_config: Any) -> RequestLimits:
+    """What ``additional_config`` lets requests set.
+
+    Raises:
+        KVPolicyError: if it is not valid.
+    """
+    if not isinstance(additional_config, dict) or LIMITS_KEY not in additional_config:
+        return RequestLimits()
+    if CONFIG_KEY not in additional_config:
+        raise KVPolicyError(
+            f"{LIMITS_KEY} in the additional configuration needs {CONFIG_KEY}; without a KV policy "
+            "there is nothing that a request may set."
+        )
+    return limits_from_mapping(additional_config[LIMITS_KEY])
 
 
 def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,6 +102,20 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             help="Further settings of the policy as a JSON object, for example "
             '\'{"redistribution": "visible", "head_mode": "head"}\'.',
         )
+        group.add_argument(
+            "--kv-request-policies",
+            type=_limit("policies"),
+            default=None,
+            help="Policies that a request may use if it sets anything about its KV policy, "
+            "separated by commas; none: requests may set nothing. Any if not given.",
+        )
+        group.add_argument(
+            "--kv-request-max-budget",
+            type=_limit("max_budget"),
+            default=None,
+            help="Largest budget of a request that sets anything about its KV policy: a ratio or "
+            "a number of tokens, and requests must give the same kind; full counts as 1.0.",
+        )
         _folding(parser)
         return parser
 
@@ -95,6 +134,16 @@ def _checked(name: str) -> Callable[[str], Any]:
     def check(text: str) -> Any:
         try:
             return getattr(from_mapping({"policy": DEFAULT_POLICY, name: text}), name)
+        except KVPolicyError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return check
+
+
+def _limit(name: str) -> Callable[[str], Any]:
+    def check(text: str) -> Any:
+        try:
+            return limits_from_mapping({name: text}).model_dump(mode="json")[name]
         except KVPolicyError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -135,19 +184,39 @@ def _folding(parser: Any) -> None:
 
 
 def _fold(namespace: argparse.Namespace) -> None:
-    policy = _from_flags(namespace)
-    if policy is None:
+    policy, limits = _from_flags(namespace), _given(namespace, _LIMITS)
+    if policy is None and not limits:
         return
     additional = getattr(namespace, "additional_config", None) or {}
-    if CONFIG_KEY in additional:
-        raise KVPolicyError(
-            "The KV policy is given both by --kv-policy and in --additional-config; use one of "
-            "them."
-        )
-    namespace.additional_config = {**additional, CONFIG_KEY: to_mapping(policy)}
-    for flag in _FLAGS.values():
+    if policy is not None:
+        what = "The KV policy is given both by --kv-policy"
+        additional = _with(additional, CONFIG_KEY, to_mapping(policy), what)
+    if limits:
+        if CONFIG_KEY not in additional:
+            raise KVPolicyError(
+                "--kv-request-policies and --kv-request-max-budget need --kv-policy, for example "
+                "--kv-policy acckv."
+            )
+        what = "What requests may set is given both by --kv-request-* flags"
+        additional = _with(additional, LIMITS_KEY, limits, what)
+    namespace.additional_config = additional
+    for flag in (*_FLAGS.values(), *_LIMITS.values(), "kv_policy_config"):
         setattr(namespace, flag, None)
-    namespace.kv_policy_config = None
+
+
+def _with(additional: dict[str, Any], key: str, value: Any, what: str) -> dict[str, Any]:
+    if key in additional:
+        raise KVPolicyError(f"{what} and in --additional-config; use one of them.")
+    return {**additional, key: value}
+
+
+def _given(args: argparse.Namespace, flags: dict[str, str]) -> dict[str, Any]:
+    """Values of those ``flags`` that were given, by setting."""
+    return {
+        key: value
+        for key, flag in flags.items()
+        if (value := getattr(args, flag, None)) is not None
+    }
 
 
 def _with_sentences(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,11 +229,7 @@ def _with_sentences(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _from_flags(args: argparse.Namespace) -> Policy | None:
-    given = {
-        key: value
-        for key, flag in _FLAGS.items()
-        if (value := getattr(args, flag, None)) is not None
-    }
+    given = _given(args, _FLAGS)
     values = getattr(args, "kv_policy_config", None) or {}
     if "policy" not in given and "policy" not in values:
         if given or values:
@@ -188,6 +253,7 @@ def _with_policy(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, usage_context: Any = None, headless: bool = False) -> Any:
         try:
             policy = requested(self.additional_config)
+            request_limits(self.additional_config)
             if policy is None and startup_module not in sys.modules:
                 return original(self, usage_context, headless)
             from vllm_acckv.engine import startup, supported

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_acckv.config import KVPolicyError
 from vllm_acckv.engine import compat, front_end
-from vllm_acckv.engine.supported import clash
+from vllm_acckv.engine.supported import Refusal, refuse
 from vllm_acckv.policies.base import Policy
 
 CONNECTOR = "KVPolicyConnector"
@@ -27,14 +27,48 @@ BACKENDS = {
 }
 
 
+def _transfers(arguments: Any) -> bool:
+    transfer = arguments.kv_transfer_config
+    return bool(arguments.kv_offloading_size or (transfer and transfer.kv_connector != CONNECTOR))
+
+
+ARGUMENTS = (
+    Refusal(
+        "a platform other than CPU",
+        "only the attention backend for CPUs is extended so far",
+        lambda arguments: not current_platform.is_cpu(),
+        "--kv-policy {who} does not run on {name} yet, and this one is {value}; serve without a "
+        "KV policy.",
+        lambda arguments: str(current_platform.device_name),
+    ),
+    Refusal(
+        "KV transfer and offloading (--kv-transfer-config)",
+        "our counters and plans take vLLM's one KV connector, and nobody else knows which blocks "
+        "of a request were compacted",
+        _transfers,
+        which="`--kv-offloading-size` too",
+    ),
+    Refusal(
+        "--worker-extension-cls",
+        "vLLM takes one class, and ours registers the attention backend",
+        lambda arguments: arguments.worker_extension_cls not in ("", WORKER_EXTENSION),
+    ),
+)
+BACKEND = (
+    Refusal(
+        "Another plugin replaced the attention backend",
+        "the policy runs in our extension of that backend",
+        lambda backend, ours: backend.is_overridden() and backend.get_path() != ours,
+        "{name} {who} by {value}; a KV policy needs it, so remove one of the two.",
+        lambda backend, ours: backend.get_path(),
+    ),
+)
+
+
 def activate() -> None:
     """Make attention layers of this process use our backends."""
     for backend, path in BACKENDS.items():
-        if backend.is_overridden() and backend.get_path() != path:
-            raise KVPolicyError(
-                f"Another plugin replaced the attention backend {backend.name} by "
-                f"{backend.get_path()}; a KV policy needs it, so remove one of the two."
-            )
+        refuse(BACKEND, backend.name, backend, path)
         register_backend(backend, path)
 
 
@@ -53,19 +87,9 @@ def prepare(engine_args: Any, policy: Policy) -> None:
         IncompatibleVLLMError: for a vLLM that this package does not know.
     """
     from vllm.config import KVTransferConfig
-    from vllm.platforms import current_platform
 
     compat.check_version()
-    if not current_platform.is_cpu():
-        raise KVPolicyError(
-            f"--kv-policy {policy.name} runs on vLLM's CPU backend only so far, and this is "
-            f"{current_platform.device_name}; serve without a KV policy."
-        )
-    transfer = engine_args.kv_transfer_config
-    if engine_args.kv_offloading_size or (transfer and transfer.kv_connector != CONNECTOR):
-        raise KVPolicyError(clash(policy, "KV transfer and offloading (--kv-transfer-config)"))
-    if engine_args.worker_extension_cls not in ("", WORKER_EXTENSION):
-        raise KVPolicyError(clash(policy, "--worker-extension-cls"))
+    refuse(ARGUMENTS, policy.name, engine_args)
     activate()
     front_end.install()
     # A producer that never hands anything over: it only carries counters and plans.
