@@ -50,6 +50,11 @@ class RequestReport:
         self.count([list(one.values()) for one in (other.kept, other.merged, other.evicted)])
         return self
 
+    def gone(self) -> dict[str, float]:
+        """Tokens without an entry of their own, by modality; means over the layers."""
+        merged, evicted = self.per_layer(self.merged), self.per_layer(self.evicted)
+        return {name: merged[name] + evicted[name] for name in MODALITIES}
+
     def per_layer(self, counts: dict[str, float]) -> dict[str, float]:
         """Means over the layers."""
         return {name: value / max(self.layers, 1) for name, value in counts.items()}

@@ -108,7 +108,7 @@ def ask(server: Server, request: Request) -> Outcome:
         return after.value(name, **labels) - before.value(name, **labels)
 
     modalities = ("video", "audio")
-    block_size = int(after.label("vllm:cache_config_info", "block_size"))
+    block_size = int(after.labels("vllm:cache_config_info")[0]["block_size"])
     return Outcome(
         full_answer=full,
         answer=answer,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Self
 
 from openai import DefaultHttpxClient, OpenAI
-from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -58,24 +58,32 @@ class Metrics:
     """One reading of ``/metrics``."""
 
     def __init__(self, text: str) -> None:
-        self._metrics: list[Metric] = list(text_string_to_metric_families(text))
+        self._samples: dict[str, list[Sample]] = {}
+        for metric in text_string_to_metric_families(text):
+            for sample in metric.samples:
+                self._samples.setdefault(sample.name, []).append(sample)
+
+    def names(self) -> set[str]:
+        """Names of all samples, as a query finds them."""
+        return set(self._samples)
 
     def value(self, name: str, **labels: str) -> float:
         """Sum of the samples called ``name`` that have ``labels``; 0 if there are none."""
         return sum(
             sample.value
-            for metric in self._metrics
-            for sample in metric.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
+            for sample in self._samples.get(name, [])
+            if labels.items() <= sample.labels.items()
         )
 
-    def label(self, name: str, label: str) -> str:
-        """Value of ``label`` of the first sample called ``name``."""
-        for metric in self._metrics:
-            for sample in metric.samples:
-                if sample.name == name:
-                    return sample.labels[label]
-        raise ServerError(f"/metrics has no {name}.")
+    def labels(self, name: str) -> list[dict[str, str]]:
+        """Labels of every sample called ``name``.
+
+        Raises:
+            ServerError: if there is none.
+        """
+        if name not in self._samples:
+            raise ServerError(f"/metrics has no {name}.")
+        return [sample.labels for sample in self._samples[name]]
 
 
 class Server:
@@ -123,6 +131,18 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+
+    @property
+    def pid(self) -> int:
+        """Id of the server's process, and of the session that all of its processes belong to."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the server runs."""
+        assert self._process is not None
+        return self._process.poll()
 
     def client(self) -> OpenAI:
         """An OpenAI client; a failed request is not repeated."""
