@@ -225,13 +225,19 @@ def test_policies_that_follow_another_layer(source: int, stages: int, sentence: 
 
 def test_prefix_cache_hits_leave_the_observed_rows_to_be_computed() -> None:
     modality = np.array([TEXT] * 4 + [VIDEO] * 90 + [TEXT] * 6, dtype=np.int8)
-    shared = {
-        name: make_plan(modality, make_policy(name), 16).shared_blocks
+    reusable = {
+        name: make_plan(modality, make_policy(name), 16).reusable_blocks
         for name in ("acckv", "h2o", "lookm", "snapkv", "streaming")
     }
-    assert shared == {"acckv": 4, "h2o": 0, "lookm": 0, "snapkv": 4, "streaming": 4}
+    assert reusable == {
+        "acckv": 94 // 16,
+        "h2o": 0,
+        "lookm": 0,
+        "snapkv": 68 // 16,
+        "streaming": 98 // 16,
+    }
     wide = make_policy("snapkv", window=64)
-    assert make_plan(modality, wide, 16).shared_blocks == 36 // 16
+    assert make_plan(modality, wide, 16).reusable_blocks == 36 // 16
 
 
 @pytest.mark.parametrize("isa", ["vec", "vec16"])

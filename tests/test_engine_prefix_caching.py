@@ -4,21 +4,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.conftest import BLOCK_SIZE, LONG_QUESTION, Media, Reference, difference
-from tests.engines import Ask, Engine, Trace
+from tests.engines import RUNNER_V2, Ask, Engine, Trace
 from tests.reference import naive_acckv
 
 FULL = {"kv_policy": "full"}
 
 
-@pytest.fixture(scope="module")
-def caching(runner: dict[str, str], start_engine: Callable[..., Engine]) -> Engine:
+CHUNKED = {"max_num_batched_tokens": 64}
+VARIANTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "V1": ({}, {}),
+    "V1 chunked": ({}, CHUNKED),
+    "V2": (RUNNER_V2, {}),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def caching(request: pytest.FixtureRequest, start_engine: Callable[..., Engine]) -> Engine:
+    environment, options = VARIANTS[request.param]
     return start_engine(
-        runner, additional_config={"kv_policy": "acckv"}, enable_prefix_caching=True
+        environment,
+        additional_config={"kv_policy": "acckv"},
+        enable_prefix_caching=True,
+        **options,
     )
 
 
@@ -73,16 +86,60 @@ def test_hazard_6_rewritten_blocks_are_never_hashed(
     assert_stock(caching.run(full), stock, full)
 
 
-def test_a_hit_ends_at_the_own_compaction(
+def reusable(reference: Reference, prompt: list[int]) -> int:
+    """Prompt tokens in whole blocks in front of the rows that AccKV observes."""
+    start = naive_acckv.first_trailing_text(reference.modality(prompt))
+    return start // BLOCK_SIZE * BLOCK_SIZE
+
+
+def test_a_hit_reaches_into_blocks_that_are_rewritten(
     caching: Engine, media: Media, reference: Reference
 ) -> None:
-    """The whole prompt is cached by an uncompressed request; others still hit what they may."""
-    caching.run(media.separate(xargs=FULL))
+    """The whole prompt is cached by an uncompressed request; others hit all that they may, rewrite
+    copies, and leave the cached blocks to the next."""
+    full = media.separate(xargs=FULL)
+    caching.run(full)
     requests = [media.separate(xargs={"kv_budget": budget}) for budget in (0.5, 0.2, 0.1)]
     for ask in requests:
         trace = caching.run(ask)
         assert_reference(trace, reference, ask)
         assert trace.kept["r0"]
+        assert trace.answers[0].cached == reusable(reference, trace.answers[0].prompt)
+        assert trace.free_before == trace.free_after
+
+
+QUESTIONS = ("What do you hear?", LONG_QUESTION, "Which colour comes first, and which sound?")
+
+
+def test_other_questions_about_a_clip_hit_the_whole_clip(
+    caching: Engine, stock: Engine, media: Media, reference: Reference
+) -> None:
+    """The first one was compressed; its clip is still found to the last whole block."""
+    for clip in (media.separate, media.interleaved):
+        trace = caching.run(clip(max_tokens=10))
+        assert trace.answers[0].cached == 0
+        for question in QUESTIONS:
+            ask = clip(question=question, max_tokens=10)
+            trace = caching.run(ask)
+            assert_reference(trace, reference, ask)
+            assert trace.answers[0].cached == reusable(reference, trace.answers[0].prompt)
+            assert trace.free_before == trace.free_after
+        full = clip(question="Another one?", xargs=FULL, max_tokens=10)
+        trace = caching.run(full)
+        assert_stock(trace, stock, full)
+        assert trace.answers[0].cached == reusable(reference, trace.answers[0].prompt)
+
+
+@pytest.mark.parametrize("arrive", [[0, 0, 0], [0, 1, 2], [0, 3, 9]])
+def test_several_requests_in_flight_about_one_clip(
+    caching: Engine, media: Media, reference: Reference, arrive: list[int]
+) -> None:
+    """They share what is computed, whichever step they come in, and copy what they rewrite."""
+    asks = [media.interleaved(question=question, max_tokens=14) for question in QUESTIONS]
+    trace = caching.run(*asks, arrive=arrive)
+    assert_reference(trace, reference, *asks)
+    assert trace.free_before == trace.free_after
+    assert caching.call("leftovers")["copies"] == 0
 
 
 def test_another_question_and_a_second_turn(
@@ -114,3 +171,14 @@ def test_preemption_hits_what_the_first_run_cached(
         trace = caching.run(ask, preempt_at=step)
         assert_reference(trace, reference, ask)
         assert trace.free_before == trace.free_after
+
+
+def test_an_abort_while_copies_are_made(
+    caching: Engine, media: Media, reference: Reference
+) -> None:
+    asks = [media.interleaved(question=question, max_tokens=30) for question in QUESTIONS]
+    for step in (1, 2, 4):
+        trace = caching.run(*asks, arrive=[0, 1, 2], abort={0: step})
+        assert_reference(trace, reference, *asks[1:])
+        assert trace.free_before == trace.free_after
+        assert caching.call("leftovers")["copies"] == 0

@@ -127,21 +127,21 @@ def test_layout() -> None:
     assert Layout(modalities()).counts == (0, 0, 0)
 
 
-def test_prefix_cache_may_cover_what_is_neither_rewritten_nor_observed() -> None:
+def test_prefix_cache_may_cover_what_is_not_observed() -> None:
     """300 of 310 tokens are audio or video; AccKV observes rows from 305 on, H2O all rows."""
     prompt = modalities((T, 5), (V, 300), (T, 5))
     acckv, h2o = (make_plan(prompt, make_policy(name), 16) for name in ("acckv", "h2o"))
-    assert (acckv.freed_blocks, acckv.first_query, acckv.shared_blocks) == (14, 305, 14)
-    assert (h2o.freed_blocks, h2o.first_query, h2o.shared_blocks) == (15, 0, 0)
+    assert (acckv.freed_blocks, acckv.first_query, acckv.reusable_blocks) == (14, 305, 19)
+    assert (h2o.freed_blocks, h2o.first_query, h2o.reusable_blocks) == (15, 0, 0)
     snapkv = make_plan(prompt, make_policy("snapkv", window=100), 16)
-    assert (snapkv.freed_blocks, snapkv.first_query, snapkv.shared_blocks) == (15, 210, 13)
+    assert (snapkv.freed_blocks, snapkv.first_query, snapkv.reusable_blocks) == (15, 210, 13)
 
 
 def test_the_layer_that_keeps_most_decides_what_is_freed() -> None:
     """FastV's first two layers keep everything, so no block comes back, yet layer 2 shrinks."""
     plan = make_plan(modalities((V, 90), (T, 10)), make_policy("fastv", budget=0.6), 16, 4)
     assert plan.active and plan.entries == (100, 100, 28, 28)
-    assert plan.freed_blocks == plan.shared_blocks == 0
+    assert (plan.freed_blocks, plan.reusable_blocks) == (0, 98 // 16)
     assert [plan.compacts(layer) for layer in range(4)] == [False, False, True, True]
     pyramid = make_plan(modalities((V, 300), (T, 10)), make_policy("pyramidkv", window=8), 16, 4)
     assert list(pyramid.entries) == sorted(pyramid.entries, reverse=True)

@@ -57,10 +57,11 @@ class Plan:
         return self.policy.first_query(self.layout)
 
     @property
-    def shared_blocks(self) -> int:
-        """Leading blocks that a prefix-cache hit may cover: those that are never rewritten, and
-        hold no row that the policy must observe."""
-        return min(self.freed_blocks, self.first_query // self.block_size)
+    def reusable_blocks(self) -> int:
+        """Leading blocks that a prefix-cache hit may cover: those that hold no row that the policy
+        must observe. The request needs those from ``freed_blocks`` on for itself, because they
+        are rewritten. Two tokens or more are left for the chunk that compacts."""
+        return max(min(self.first_query, self.end - 2), 0) // self.block_size
 
     def compacts(self, layer: int) -> bool:
         """Whether a layer frees a block or more; the others are left alone."""

@@ -3,7 +3,8 @@
 
 Blocks ``[0, freed_blocks)`` of a compacted request hold the prompt as it was computed. They are
 hashed and shared like any others and freed as soon as the compaction has run. Blocks from there
-on are rewritten, so they are never hashed and a prefix-cache hit never reaches them.
+on are rewritten, so they are never hashed, and what a prefix-cache hit finds there is copied into
+blocks of the request's own, as vLLM does for a hit that ends inside a block.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
@@ -29,7 +31,7 @@ class KVPolicyManager(FullAttentionManager):
 
     Attributes:
         plans: the plan of every request of the scheduler, compressed or not.
-        freed: blocks each request has given back through compaction so far.
+        freed: blocks that each request with blocks has given back through compaction.
     """
 
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
@@ -41,6 +43,38 @@ class KVPolicyManager(FullAttentionManager):
         """The plan of a request that will be or is compacted."""
         plan = self.plans.get(request_id)
         return plan if plan is not None and plan.active else None
+
+    def num_copies(self, request_id: str, num_hits: int) -> int:
+        """Blocks of a prefix-cache hit of ``num_hits`` blocks that the request will rewrite."""
+        plan = self.active_plan(request_id)
+        return max(num_hits - plan.freed_blocks, 0) if plan is not None else 0
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        number = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
+        return number + self.num_copies(request_id, len(new_computed_blocks))
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+        number = self.num_copies(request_id, len(new_computed_blocks))
+        first = len(new_computed_blocks) - number
+        # vLLM's runners copy before they compute, and keep both ends until then.
+        for index, own in enumerate(self.block_pool.get_new_blocks(number), start=first):
+            self._apply_cow(request_id, index, new_computed_blocks[index], own)
 
     def remove_skipped_blocks(
         self,
@@ -54,6 +88,11 @@ class KVPolicyManager(FullAttentionManager):
         if request_id in self.req_to_blocks:
             self._remove_blocks_in_range(request_id, 0, plan.freed_blocks)
             self.freed[request_id] = plan.freed_blocks
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        # A preempted request starts again with all its blocks.
+        self.freed.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(
         self,
@@ -122,15 +161,40 @@ def _plan(kv_cache_manager: Any, request: Request) -> Plan | None:
 def _with_capped_hits(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_computed_blocks(self: Any, request: Request) -> Any:
         blocks, num_tokens, boundary = original(self, request)
-        plan = _plan(self, request)
-        if plan is not None:
-            # Two tokens or more are left for the chunk that compacts, see bounded_chunk.
-            limit = min(plan.shared_blocks, (plan.end - 2) // plan.block_size) * plan.block_size
+        for manager in managers(self):
+            if (plan := manager.active_plan(request.request_id)) is None:
+                continue
+            limit = plan.reusable_blocks
+            if not _copies_fit(self, manager, request, blocks.blocks[0][:limit]):
+                limit = min(limit, plan.freed_blocks)
+            limit *= plan.block_size
             if num_tokens > limit:
                 blocks, num_tokens = self.truncate_computed_blocks(blocks, limit), limit
         return blocks, num_tokens, boundary
 
     return get_computed_blocks
+
+
+def _copies_fit(
+    kv_cache_manager: Any,
+    manager: KVPolicyManager,
+    request: Request,
+    hit: Sequence[KVCacheBlock],
+) -> bool:
+    """Whether the request can be admitted now with its own copies of a hit's blocks.
+
+    It could wait forever in a pool that holds the request, but not the copies beside it.
+    """
+    needed = manager.get_num_blocks_to_allocate(
+        request.request_id,
+        num_tokens=request.num_tokens,
+        new_computed_blocks=hit,
+        total_computed_tokens=len(hit) * manager.block_size,
+        num_local_computed_tokens=len(hit) * manager.block_size,
+        num_tokens_main_model=request.num_tokens,
+    )
+    free = manager.block_pool.get_num_free_blocks() - kv_cache_manager.watermark_blocks
+    return needed <= free
 
 
 def _with_chunk_boundary(original: Callable[..., Any]) -> Callable[..., Any]:

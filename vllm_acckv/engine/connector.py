@@ -24,12 +24,13 @@ from vllm.logger import init_logger
 
 from vllm_acckv.config import KVPolicyError
 from vllm_acckv.engine import blocks, flags, runners
-from vllm_acckv.engine.prometheus import KVPolicyPromMetrics, KVPolicyStats
+from vllm_acckv.engine.prefix_copies import CONFIG_KEY, BlockCopies, PrefixCopies
+from vllm_acckv.engine.prometheus import KVPolicyPromMetrics, KVPolicyStats, Saved
 from vllm_acckv.engine.ranks import TensorParallelRanks
 from vllm_acckv.engine.requests import plan_request
 from vllm_acckv.engine.rotary import angles_available
-from vllm_acckv.engine.supported import num_layers
-from vllm_acckv.engine.verify import verify_layers
+from vllm_acckv.engine.supported import num_layers, refuse
+from vllm_acckv.engine.verify import KV_CACHES, verify_layers
 from vllm_acckv.engine.worker import PolicyWorker, set_current_worker
 from vllm_acckv.metrics import RequestReport
 from vllm_acckv.plan import NO_CLIP, returns_memory
@@ -43,10 +44,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.acckv")
-
-
-class _NoMetadata(KVConnectorMetadata):
-    """Nothing is sent to the workers: they derive the same plans themselves."""
 
 
 @dataclass
@@ -94,9 +91,11 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         self._reports: dict[str, RequestReport] = {}
         self._finished: dict[str, str] = {}
         self._stats = KVPolicyStats()
+        self._saved = Saved()
         self._worker: PolicyWorker | None = None
         self._verified: list[str] = []
         self._has_angles = False
+        self._copies: PrefixCopies | None = None
         if role == KVConnectorRole.SCHEDULER:
             blocks.install()
         else:
@@ -118,6 +117,11 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         return worker
 
     # Worker side
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert self._worker is not None and isinstance(connector_metadata, BlockCopies)
+        self._worker.copies = connector_metadata.blocks
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._verified = verify_layers(self._vllm_config, self._kv_cache_config)
@@ -166,12 +170,10 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         self._managers = blocks.managers(kv_cache_manager)
         groups = kv_cache_manager.coordinator.single_type_managers
-        if len(groups) != 1 or len(self._managers) != 1:
-            raise KVPolicyError(
-                f"--kv-policy {self.policy.name} needs a model whose layers all use full "
-                f"attention; this one has {len(groups)} kinds of KV cache "
-                f"({', '.join(type(group.kv_cache_spec).__name__ for group in groups)})."
-            )
+        refuse(KV_CACHES, self.policy.name, groups, self._managers)
+        (manager,) = self._managers
+        if manager.enable_caching and self._vllm_config.additional_config.get(CONFIG_KEY, True):
+            self._copies = PrefixCopies(manager)
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
@@ -212,6 +214,8 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
             self._has_angles,
         )
         manager.plans[request.request_id] = plan
+        if self._copies is not None:
+            self._copies.add(request)
         if plan.skipped is not None:
             self._stats.skip(plan.skipped)
 
@@ -219,6 +223,8 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         worker_meta = connector_output.kv_connector_worker_meta
         if not isinstance(worker_meta, WorkerReports):
             return
+        if self._copies is not None:
+            self._copies.finish(worker_meta.reports)
         for request_id, report in worker_meta.reports.items():
             if request_id not in self._reports:  # else compacted again after a preemption
                 self._stats.compact(report)
@@ -235,6 +241,8 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         plan = manager.plans.pop(request_id)
         freed = manager.freed.pop(request_id, 0)
         report = self._reports.pop(request_id, None)
+        if self._copies is not None:
+            self._copies.discard(request_id)
         if plan.skipped is not None:
             # Text is the daily bread of a server; say nothing unless somebody looks for it.
             level = logging.DEBUG if plan.skipped == NO_CLIP else logging.INFO
@@ -256,10 +264,12 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def get_kv_connector_stats(self) -> KVPolicyStats | None:
-        if self._role != KVConnectorRole.SCHEDULER or self._stats.is_empty():
+        if self._role != KVConnectorRole.SCHEDULER:
             return None
         stats, self._stats = self._stats, KVPolicyStats()
-        return stats
+        (manager,) = self._managers
+        stats.data |= self._saved.now(manager.freed, self._reports)
+        return None if stats.is_empty() else stats
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -272,13 +282,17 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         return
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return _NoMetadata()
+        # Plans are not sent: the workers derive the same themselves.
+        if self._copies is None:
+            return BlockCopies()
+        return self._copies.schedule(scheduler_output)
 
     # Front end
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVPolicyStats:
-        return KVPolicyStats(data=data) if data is not None else KVPolicyStats()
+        # A copy, because every logger adds to its own what vLLM hands to all of them.
+        return KVPolicyStats().aggregate(KVPolicyStats(data or {}))
 
     @classmethod
     def build_prom_metrics(cls, *args: Any) -> KVPolicyPromMetrics:

@@ -136,7 +136,9 @@ class KVPolicyCPUAttentionImpl(CPUAttentionBackendImpl):
         )
         if step is not None:
             for row in step.observing:
-                cache = CPUPagedKV(self, layer, kv_cache, step.base.block_table[row.index])
+                kernel_blocks = step.worker.block_size // kv_cache.shape[2]
+                table = step.base.block_table[row.index]
+                cache = CPUPagedKV(self, layer, kv_cache, table, kernel_blocks)
                 index = extract_layer_index(name)
                 step.worker.after_attention(row, name, index, query, cache, self.scale)
         return output
@@ -151,8 +153,15 @@ class CPUPagedKV:
         layer: Any,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
+        kernel_blocks: int = 1,
     ) -> None:
+        """
+        Args:
+            block_table: ``[blocks]`` of the request.
+            kernel_blocks: entries of it, and of ``kv_cache``, to one block of the block manager.
+        """
         self._impl = impl
+        self._kernel_blocks = kernel_blocks
         self._layer = layer
         self._cache = kv_cache
         self._blocks = block_table.long()
@@ -181,6 +190,10 @@ class CPUPagedKV:
             self._cache,
             slots,
         )
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        blocks = self._cache.unflatten(0, (-1, self._kernel_blocks))
+        blocks[targets] = blocks[sources]
 
 
 _packings: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}

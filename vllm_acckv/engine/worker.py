@@ -32,6 +32,9 @@ class PagedKV(Protocol):
     def write(self, first_slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store ``[G, n, D]`` into slots ``first_slot .. first_slot+n-1``."""
 
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Copy whole blocks of the layer, by vLLM's block ids."""
+
 
 @dataclass(eq=False)
 class WorkerRequest:
@@ -129,6 +132,8 @@ class PolicyWorker:
         self.step_open = False
         # Per request and layer what was kept, for inspection; None unless somebody asked.
         self.records: dict[str, dict[str, Any]] | None = None
+        # Per request, blocks to copy where before they are rewritten in this step.
+        self.copies: dict[str, tuple[list[int], list[int]]] = {}
         self._reported: list[WorkerRequest] = []
 
     def request(
@@ -220,6 +225,8 @@ class PolicyWorker:
         if row.compacts and layer_name in request.freed:  # once more, after a preemption
             request.freed.clear()
             request.report, request.fates = RequestReport(), 0.0
+        if row.compacts and request.request_id in self.copies:
+            cache.copy(*self.copies[request.request_id])
         if observes or compacts:
             key, value = cache.read(last)
             if observes:
