@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many requests decode at once in a KV cache that holds N of them uncompressed.
+
+    python benchmarks/concurrency.py [--full 8] [--budgets 1.0 0.5 0.2 0.1] [--answer 256]
+
+The pool is exactly as large as N requests with the full cache need to their last token. For each
+budget, more requests than can ever run are queued at once, with answers of half to one and a half
+times ``--answer`` tokens; the means are over the steps in which some still wait and one has already
+finished. "decoding" are requests whose prompt is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+)
+
+from vllm import LLM, SamplingParams
+
+from vllm_acckv.tools import clips, tiny_model
+
+BLOCK_SIZE = 32
+
+
+def conversation(folder: Path) -> list[dict[str, Any]]:
+    """Three clips of 28 s with picture and sound, then a question."""
+    parts: list[dict[str, Any]] = []
+    for seed in range(3):
+        video, sound = folder / f"{seed}.mp4", folder / f"{seed}.wav"
+        clips.make_clip(video, seconds=28, seed=seed, sound=False)
+        clips.make_wav(sound, seconds=28, seed=seed)
+        parts += [
+            {"type": "video_url", "video_url": {"url": video.as_uri()}},
+            {"type": "audio_url", "audio_url": {"url": sound.as_uri()}},
+        ]
+    parts.append({"type": "text", "text": "What happens in the clips?"})
+    return [{"role": "user", "content": parts}]
+
+
+def run(llm: LLM, prompt: Any, count: int, budget: float, answer: int) -> dict[str, float]:
+    """Answer ``count`` equal requests, stepped by hand."""
+    xargs = {"kv_policy": "full"} if budget == 1 else {"kv_budget": budget}
+    lengths = random.Random(0)
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    for number in range(count):
+        tokens = lengths.randint(answer // 2, answer + answer // 2)
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=xargs)
+        engine.add_request(f"{number}", prompt, params)
+    requests = list(scheduler.requests.values())
+    decoding, started = [], time.perf_counter()
+    while engine.has_unfinished_requests():
+        engine.step()
+        if len(scheduler.requests) < count and scheduler.waiting:
+            complete = [one.num_output_tokens > 0 for one in scheduler.running]
+            decoding.append(sum(complete))
+    return {
+        "decoding": statistics.mean(decoding or [0]),
+        "most": max(decoding, default=0),
+        "preemptions": sum(request.num_preemptions for request in requests),
+        "requests": count,
+        "requests/s": count / (time.perf_counter() - started),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", type=int, default=8, help="N, requests that fit uncompressed")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.5, 0.2, 0.1])
+    parser.add_argument("--answer", type=int, default=256, help="tokens per answer")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--watermark", type=float, default=0.0, help="vLLM's own option")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    model, messages = tiny_model.build(folder / "model"), conversation(folder)
+    length = 3154  # of this conversation; checked below
+    blocks = args.full * -(-(length + args.answer) // BLOCK_SIZE)
+    llm = LLM(
+        model=str(model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=4096,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=256,
+        watermark=args.watermark,
+        block_size=BLOCK_SIZE,
+        num_gpu_blocks_override=blocks + 1,  # vLLM keeps one for itself
+        enable_prefix_caching=False,
+        allowed_local_media_path=str(folder),
+        additional_config={"kv_policy": "acckv"},
+    )
+    (prompt,) = llm._preprocess_chat([messages])
+    assert len(prompt["prompt_token_ids"]) == length
+    print(f"\n{length} prompt tokens, {args.answer} answer tokens, {blocks} blocks of {BLOCK_SIZE}")
+    print("| budget | decoding, mean | of full | most | preemptions | requests/s | of full |")
+    print("|---|---|---|---|---|---|---|")
+    run(llm, prompt, 2, 0.2, 8)  # warms up
+    full: dict[str, float] = {}
+    for budget in args.budgets:
+        share = budget + (length // 100 + args.answer / 2) / length
+        result = run(llm, prompt, int(4 * args.full / share), budget, args.answer)
+        full = full or result
+        ratios = [result[key] / full[key] for key in ("decoding", "requests/s")]
+        print(
+            f"| {budget:g} | {result['decoding']:.1f} | {ratios[0]:.2f}x | {result['most']:.0f} "
+            f"| {result['preemptions']:.0f} of {result['requests']:.0f} requests "
+            f"| {result['requests/s']:.2f} | {ratios[1]:.2f}x |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
