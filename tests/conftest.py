@@ -21,6 +21,7 @@ from tests.engines import RUNNER_V2, WITHOUT_PLUGIN, Answer, Ask, Engine  # noqa
 from vllm_acckv.tools import clips, tiny_model  # noqa: E402
 
 BLOCK_SIZE = 32
+CHUNK = 64
 TEXT_ONLY = "Tell me something about colours, shapes and sounds."
 QUESTION = "What happens in the clip?"
 # Longer than a 64-token chunk, so that chunked prefill must split the trailing text.
@@ -134,7 +135,9 @@ def acckv(runner: dict[str, str], start_engine: Callable[..., Engine]) -> Engine
 @pytest.fixture(scope="session")
 def acckv_chunked(runner: dict[str, str], start_engine: Callable[..., Engine]) -> Engine:
     """Prompts in chunks of 64 tokens."""
-    return start_engine(runner, additional_config={"kv_policy": "acckv"}, max_num_batched_tokens=64)
+    return start_engine(
+        runner, additional_config={"kv_policy": "acckv"}, max_num_batched_tokens=CHUNK
+    )
 
 
 _differences: list[float] = []

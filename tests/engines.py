@@ -276,6 +276,43 @@ class _Host:
         }
         return {name: len(entries) for name, entries in kept.items()}
 
+    def schedule_ahead(self, ask: Ask) -> dict[str, int]:
+        """Blocks that a request holds when vLLM's asynchronous scheduler runs one step ahead.
+
+        The CPU platform does not run it, so no step is computed here; made-up outputs come back
+        one step late, as they would.
+        """
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        core = self.engine.engine_core.engine_core
+        scheduler = AsyncScheduler(
+            vllm_config=core.vllm_config,
+            kv_cache_config=self.scheduler.kv_cache_config,
+            structured_output_manager=core.structured_output_manager,
+            block_size=self.scheduler.block_size,
+        )
+        core.add_request = lambda request, wave: scheduler.add_request(request)
+        try:
+            self.add(ask, "ahead")
+        finally:
+            del core.add_request
+        (request_id,) = scheduler.requests
+        (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+
+        def held() -> int:
+            return sum(not block.is_null for block in manager.req_to_blocks[request_id])
+
+        prefill, seen = scheduler.schedule(), {"prefill": held()}
+        scheduler.schedule()
+        seen["decode in flight"] = held()
+        done = ModelRunnerOutput([request_id], {request_id: 0}, [[7]])
+        scheduler.update_from_output(prefill, done)
+        scheduler.schedule()
+        seen["prefill done"] = held()
+        self.engine.abort_request([request_id.partition("-")[0]])
+        return seen
+
     def drafts(self) -> tuple[float, float]:
         """Speculative tokens drafted and accepted so far; needs ``disable_log_stats=False``."""
         counted = {metric.name: metric for metric in self.llm.get_metrics()}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,7 +198,7 @@ def test_every_row_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_row_refuses_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_hazard_18_a_row_refuses_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(KVPolicyError) as caught:
         CASES[name](monkeypatch)
     sentence = str(caught.value)
@@ -244,3 +245,33 @@ def test_what_works_is_shown_by_a_test(row: supported.Supported) -> None:
     file, _, function = row.proof.partition("::")
     tree = ast.parse((TESTS / file).read_text())
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+HAZARDS = {
+    1: "a policy is configured but does not run",
+    2: "compaction in the middle of a chunked prefill",
+    3: "trailing text split over chunks",
+    4: "the last prompt token alone in its chunk",
+    5: "shared prefix blocks overwritten",
+    6: "blocks hashed after they were rewritten",
+    7: "stale counts under async scheduling",
+    8: "counters not reset by preemption or abort",
+    9: "blocks never freed, or freed twice",
+    10: "writes to the null block",
+    11: "layers, heads or tensor-parallel ranks disagree",
+    12: "rows in prefill next to compacted rows",
+    13: "rows reordered between steps",
+    14: "speculative tokens rejected after compaction",
+    15: "prompt_logprobs, pooling, streaming input, beam search, n > 1",
+    16: "one modality only, no text behind the clip, several clips",
+    17: "layers that are not full attention",
+    18: "context parallelism, KV transfer, FP8 KV cache",
+    19: "the first token is that of the full cache",
+}
+
+
+@pytest.mark.parametrize("number", HAZARDS, ids=HAZARDS.get)
+def test_every_known_hazard_has_a_test_of_its_name(number: int) -> None:
+    pattern = re.compile(rf"^def test_hazard_{number}_", re.MULTILINE)
+    sources = (path.read_text() for path in TESTS.glob("test_*.py"))
+    assert any(pattern.search(source) for source in sources)

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import BLOCK_SIZE, LONG_QUESTION, Media, Reference, difference
+from tests.conftest import (
+    BLOCK_SIZE,
+    CHUNK,
+    LONG_QUESTION,
+    QUESTION,
+    Media,
+    Reference,
+    difference,
+)
 from tests.engines import RUNNER_V2, WITHOUT_PLUGIN, Answer, Ask, Engine, Trace
 from tests.reference import naive_acckv
 
@@ -189,6 +197,39 @@ def test_hazard_3_trailing_text_split_over_chunks(
     assert len(modality) - start > 64  # longer than a chunk
     assert split.kept == whole.kept
     assert_same(split.answers[0], whole.answers[0], 1e-4)
+
+
+def test_hazard_4_last_prompt_token_alone_in_its_chunk(
+    acckv: Engine, acckv_chunked: Engine, media: Media
+) -> None:
+    """A chunk of one token would run as a decode, where nothing is compacted: the last chunk takes
+    a second token from the one before."""
+    length = len(acckv.answer(media.separate(max_tokens=1)).prompt)
+    missing = (1 - length) % CHUNK
+    ask = media.separate(question=QUESTION + " a" * missing)
+    whole, split = acckv.run(ask), acckv_chunked.run(ask)
+    assert len(whole.answers[0].prompt) % CHUNK == 1
+    assert split.kept == whole.kept and split.kept
+    assert_same(split.answers[0], whole.answers[0], 1e-4)
+
+
+def test_hazard_7_blocks_stay_while_the_compacting_step_is_in_flight(
+    start_engine: Callable[..., Engine], media: Media, reference: Reference
+) -> None:
+    """Under async scheduling the next step is scheduled before the compaction has run; its counts
+    are ahead of what is done, and blocks freed by them would be overwritten too early."""
+    engine = start_engine({}, additional_config={"kv_policy": "acckv"})
+    ask = media.separate()
+    held = engine.call("schedule_ahead", ask)
+    modality = reference.modality(engine.answer(ask).prompt)
+    _, freed, _ = naive_acckv.naive_plan(modality, 0.2, BLOCK_SIZE)
+    prompt, one_more, two_more = (-(-(len(modality) + more) // BLOCK_SIZE) for more in (0, 1, 2))
+    assert freed > 0
+    assert held == {
+        "prefill": prompt,
+        "decode in flight": one_more,
+        "prefill done": two_more - freed,
+    }
 
 
 def test_hazard_8_preemption_starts_over(acckv: Engine, media: Media, alone: list[Trace]) -> None:

@@ -112,10 +112,10 @@ def test_similarity_before_rotary_embedding(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compress_before_the_last_prompt_token(
+def test_hazard_19_compress_before_the_last_prompt_token(
     acckv_chunked: Engine, media: Media, reference: Reference, layout: str
 ) -> None:
-    """Hazard 19: here even the first answer token depends on what was kept."""
+    """Here even the first answer token depends on what was kept."""
     config = {"compress_before_last_token": True}
     ask = getattr(media, layout)(question=LONG_QUESTION, xargs={"kv_policy_config": config})
     (answer,) = acckv_chunked.run(ask).answers
@@ -129,40 +129,67 @@ def test_compress_before_the_last_prompt_token(
 
 
 def test_hazard_11_tensor_parallel_ranks_agree(
-    checkpoint: Path, media: Media, reference: Reference
+    checkpoint: Path,
+    start_engine: Callable[..., Engine],
+    media: Media,
+    reference: Reference,
 ) -> None:
-    """Each rank holds half of the heads; scores, similarities and counts are shared."""
+    """Each rank holds half of the heads; scores, similarities and counts are shared. The tokens are
+    those of one rank."""
     ragged = {"head_mode": "head", "tau": 0.2}
     requests = [
         getattr(media, layout)(xargs={"kv_budget": 0.3, "kv_policy_config": options})
         for layout in ("separate", "two_interleaved")
         for options in ({"tau": -1.0}, {"tau": 0.2}, ragged)
     ]
+    # Its clip is in the prefix cache then, and the blocks that it rewrites are copies.
+    other = media.separate(question="And now?", xargs={"kv_budget": 0.3, "kv_tau": -1.0})
     with Engine(
         checkpoint,
         TWO_CORES,
         additional_config={"kv_policy": "acckv"},
+        enable_prefix_caching=True,
         tensor_parallel_size=2,
     ) as engine:
         trace = engine.run(*requests)
+        again = engine.answer(other)
     for number, (ask, answer) in enumerate(zip(requests, trace.answers, strict=True)):
         options = ask.xargs["kv_policy_config"]
         _, expected = reference.answer(ask, 0.3, answer.tokens, **options)
         assert expected.active
         assert difference(answer, expected.logprobs) < 1e-3, number
+    assert again.cached > 0.7 * len(again.prompt)
+    _, expected = reference.answer(other, 0.3, again.tokens, tau=-1.0)
+    assert difference(again, expected.logprobs) < 1e-3
+    one = start_engine({}, additional_config={"kv_policy": "acckv"}).run(*requests, other)
+    assert [*(answer.tokens for answer in trace.answers), again.tokens] == [
+        answer.tokens for answer in one.answers
+    ]
 
 
-def test_pipeline_stages(checkpoint: Path, media: Media, reference: Reference) -> None:
-    """Two stages with half of the layers each; their counts add up."""
+def test_pipeline_stages(
+    checkpoint: Path,
+    start_engine: Callable[..., Engine],
+    media: Media,
+    reference: Reference,
+) -> None:
+    """Two stages with half of the layers each; their counts add up. The tokens are those of one."""
     requests = [media.separate(), media.two_interleaved(xargs={"kv_tau": -1.0})]
+    other = media.separate(question="And now?")
     with Engine(
         checkpoint,
         TWO_CORES,
         additional_config={"kv_policy": "acckv"},
+        enable_prefix_caching=True,
         **TWO_STAGES,
     ) as engine:
         trace = engine.run(*requests)
-    for ask, answer in zip(requests, trace.answers, strict=True):
+        again = engine.answer(other)
+    assert again.cached > 0.7 * len(again.prompt)
+    one = start_engine({}, additional_config={"kv_policy": "acckv"}).run(*requests, other)
+    answers = [*trace.answers, again]
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in one.answers]
+    for ask, answer in zip([*requests, other], answers, strict=True):
         tau = ask.xargs.get("kv_tau", 0.6)
         _, expected = reference.answer(ask, 0.2, answer.tokens, tau=tau)
         assert difference(answer, expected.logprobs) < 1e-3

@@ -140,7 +140,7 @@ def test_plugins_loaded_before_the_arguments_module() -> None:
     assert printed == "vllm.engine.arg_utils"
 
 
-def test_chunks_end_at_the_compaction_point() -> None:
+def test_hazard_4_chunks_end_at_the_compaction_point() -> None:
     """A chunk never crosses ``end``, and the last one has two tokens or more."""
     modality = np.array([TEXT] * 4 + [VIDEO] * 90 + [TEXT] * 6, dtype=np.int8)
     plan = make_plan(modality, make_policy("acckv"), 16)
