@@ -142,6 +142,8 @@ _register_spec()
 
 def install() -> None:
     """Wrap the scheduler's two functions that must know a request's plan."""
+    compat.find("_apply_cow")
+    compat.find("_remove_blocks_in_range")
     compat.wrap("get_computed_blocks", _with_capped_hits)
     compat.wrap("_reserve_prefill_lookahead", _with_chunk_boundary)
 

@@ -28,13 +28,13 @@ class IncompatibleVLLMError(RuntimeError):
 
 @dataclass(frozen=True)
 class TouchPoint:
-    """A vLLM function that is wrapped.
+    """A vLLM function that is wrapped, or called although it is private.
 
     Attributes:
         target: ``module:Class.function`` or ``module:function``.
         parameters: its parameter names in order.
-        reason: what it is wrapped for.
-        removal: the upstream change that makes the wrap unnecessary.
+        reason: what it is wrapped or called for.
+        removal: the upstream change that makes this unnecessary.
     """
 
     target: str
@@ -49,7 +49,7 @@ TOUCH_POINTS = {
         TouchPoint(
             "vllm.engine.arg_utils:EngineArgs.add_cli_args",
             ("parser",),
-            "adds --kv-policy, --kv-budget, --kv-tau and --kv-policy-config",
+            "adds the --kv-* flags of engine/flags.py",
             "a plugin hook for command-line flags that is given the parser",
         ),
         TouchPoint(
@@ -92,6 +92,19 @@ TOUCH_POINTS = {
             "a prefix-cache hit of a request that will be compacted ends where its own blocks "
             "will be rewritten",
             "passing the request to SingleTypeKVCacheManager.find_longest_cache_hit",
+        ),
+        TouchPoint(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager._apply_cow",
+            ("self", "request_id", "block_idx", "source_block", "cow_block"),
+            "called: a compacted request gets its own copies of the cached blocks it rewrites",
+            "a public name for it",
+        ),
+        TouchPoint(
+            "vllm.v1.core.single_type_kv_cache_manager:"
+            "SingleTypeKVCacheManager._remove_blocks_in_range",
+            ("self", "request_id", "first_block", "last_block"),
+            "called: a compacted request gives back its leading blocks",
+            "a public name for it",
         ),
         TouchPoint(
             "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
