@@ -140,6 +140,14 @@ def acckv_chunked(runner: dict[str, str], start_engine: Callable[..., Engine]) -
     )
 
 
+@pytest.fixture(scope="session")
+def acckv_caching(runner: dict[str, str], start_engine: Callable[..., Engine]) -> Engine:
+    """With prefix caching, and what earlier tests left in it."""
+    return start_engine(
+        runner, additional_config={"kv_policy": "acckv"}, enable_prefix_caching=True
+    )
+
+
 _differences: list[float] = []
 
 

@@ -288,7 +288,7 @@ SUPPORTED = (
         "speculative decoding by method `ngram`",
         "test_engine_speculative.py::test_hazard_14_rejected_drafts_after_compaction",
     ),
-    Supported("LoRA", "test_engine_features.py::test_lora_rows_beside_rows_without"),
+    Supported("LoRA", "test_engine_lora.py::test_lora_rows_beside_rows_without"),
     Supported("structured output", "test_engine_features.py::test_structured_outputs"),
     Supported(
         "penalties, biases, stop tokens and strings",
