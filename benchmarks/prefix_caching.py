@@ -4,8 +4,8 @@
     python benchmarks/prefix_caching.py [--budget 0.2] [--rounds 5]
 
 Each variant is an engine of its own. A round empties the prefix cache, asks a question about a long
-clip, and then another one. Prints medians of the time to the first token, the share of the second
-prompt that was found, and the most blocks in use while the first prompt was computed.
+clip, and then another one. Prints medians of the time to the first token, and the share of the
+second prompt that was found.
 """
 
 from __future__ import annotations
@@ -52,22 +52,19 @@ def conversation(folder: Path, question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": parts}]
 
 
-def ask(llm: Any, prompt: Any, xargs: dict[str, Any]) -> tuple[float, float, int]:
-    """Seconds to the first token, share of the prompt found, and the most blocks in use."""
+def ask(llm: Any, prompt: Any, xargs: dict[str, Any]) -> tuple[float, float]:
+    """Seconds to the first token, and the share of the prompt that was found."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args=xargs)
     engine = llm.llm_engine
-    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    free, used = pool.get_num_free_blocks(), 0
     engine.add_request("question", prompt, params)
     first, share, started = 0.0, 0.0, time.perf_counter()
     while engine.has_unfinished_requests():
         for output in engine.step():
             first = first or time.perf_counter() - started
             share = (output.num_cached_tokens or 0) / len(output.prompt_token_ids)
-        used = max(used, free - pool.get_num_free_blocks())
-    return first, share, used
+    return first, share
 
 
 def measure(pipe: Any, folder: Path, budget: float, rounds: int, name: str) -> None:
@@ -123,11 +120,11 @@ def main() -> None:
         process.join()
         first, second = zip(*results, strict=True)
         times = [statistics.median(one[0] for one in question) for question in (first, second)]
-        share, used = statistics.median(one[1] for one in second), max(one[2] for one in first)
-        rows.append(f"| {name} | {times[0]:.3f} | {times[1]:.3f} | {share:.1%} | {used} |")
+        share = statistics.median(one[1] for one in second)
+        rows.append(f"| {name} | {times[0]:.3f} | {times[1]:.3f} | {share:.1%} |")
     print(f"\nprompts of {length} tokens, budget {args.budget:g}")
-    print("| | first question (s) | second question (s) | of it found | blocks, peak |")
-    print("|---|---|---|---|---|", *rows, sep="\n")
+    print("| | first question (s) | second question (s) | of it found |")
+    print("|---|---|---|---|", *rows, sep="\n")
 
 
 if __name__ == "__main__":
