@@ -69,6 +69,21 @@ def test_hazard_5_shared_blocks_are_not_overwritten(
     assert_stock(trace, stock, full, full)
 
 
+@pytest.mark.parametrize("first", [FULL, {"kv_budget": 0.1}], ids=["full", "smaller"])
+def test_hazard_5_blocks_computed_in_the_same_step_are_not_copied(
+    caching: Engine, media: Media, reference: Reference, first: dict[str, Any]
+) -> None:
+    """vLLM hashes blocks before they are computed, so a request finds those of another one in its
+    own step; copies are made when the step begins, and would be copies of nothing."""
+    for clip in (media.separate, media.interleaved):
+        small = clip(xargs={"kv_budget": 0.5})
+        trace = caching.run(clip(question=LONG_QUESTION, xargs=first), small)
+        (_, answer) = trace.answers
+        _, expected = reference.answer(small, 0.5, answer.tokens, tau=0.6)
+        assert difference(answer, expected.logprobs) < 1e-3
+        assert trace.free_before == trace.free_after
+
+
 def test_hazard_6_rewritten_blocks_are_never_hashed(
     caching: Engine, stock: Engine, media: Media, reference: Reference
 ) -> None:

@@ -32,12 +32,14 @@ class KVPolicyManager(FullAttentionManager):
     Attributes:
         plans: the plan of every request of the scheduler, compressed or not.
         freed: blocks that each request with blocks has given back through compaction.
+        uncomputed: ids of blocks that are hashed, but computed only in the step being scheduled.
     """
 
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.plans: dict[str, Plan] = {}
         self.freed: dict[str, int] = {}
+        self.uncomputed: set[int] = set()
 
     def active_plan(self, request_id: str) -> Plan | None:
         """The plan of a request that will be or is compacted."""
@@ -100,6 +102,18 @@ class KVPolicyManager(FullAttentionManager):
         num_tokens: int,
         retention_interval: int | None = None,
         *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        request_id = request.request_id
+        hashed = self.num_cached_block.get(request_id, 0)
+        self._cache_blocks(request, num_tokens, retention_interval, replay_boundaries)
+        self.uncomputed.update(block.block_id for block in self.req_to_blocks[request_id][hashed:])
+
+    def _cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None,
         replay_boundaries: Sequence[int],
     ) -> None:
         plan = self.active_plan(request.request_id)
@@ -166,8 +180,11 @@ def _with_capped_hits(original: Callable[..., Any]) -> Callable[..., Any]:
         for manager in managers(self):
             if (plan := manager.active_plan(request.request_id)) is None:
                 continue
-            limit = plan.reusable_blocks
-            if not _copies_fit(self, manager, request, blocks.blocks[0][:limit]):
+            hit, limit = blocks.blocks[0][: plan.reusable_blocks], plan.freed_blocks
+            # Copied before the step computes it, a block would be a copy of nothing.
+            while limit < len(hit) and hit[limit].block_id not in manager.uncomputed:
+                limit += 1
+            if not _copies_fit(self, manager, request, hit[:limit]):
                 limit = min(limit, plan.freed_blocks)
             limit *= plan.block_size
             if num_tokens > limit:

@@ -113,6 +113,13 @@ TOUCH_POINTS = {
             "a hook by which a KV cache manager bounds the next chunk",
         ),
         TouchPoint(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+            ("self", "grammar_output"),
+            "on CPU, keeps a seeded request that is in the middle of its prompt from stopping the "
+            "engine; a preempted request in the middle of its answer is one more such case",
+            "rewinding generators without Generator.get_offset, which CPU generators do not have",
+        ),
+        TouchPoint(
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
             (
                 "self",

@@ -282,6 +282,8 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         return
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        for manager in self._managers:  # the step that follows computes them
+            manager.uncomputed.clear()
         # Plans are not sent: the workers derive the same themselves.
         if self._copies is None:
             return BlockCopies()

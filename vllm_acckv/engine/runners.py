@@ -21,6 +21,7 @@ def install(use_v2_model_runner: bool) -> None:
         compat.wrap("add_requests", _with_slots)
     else:
         compat.wrap("_build_attention_metadata", _with_batch)
+        compat.wrap("sample_tokens", _with_generators_at_rest)
 
 
 def fix_audio_in_video() -> None:
@@ -63,6 +64,25 @@ def _with_batch(original: Callable[..., Any]) -> Callable[..., Any]:
             worker.batch = None
 
     return _build_attention_metadata
+
+
+def _with_generators_at_rest(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM samples a token for every row, and takes back the step of a seeded generator where the
+    token is not wanted, by an offset that CPU generators do not have. There, such rows lend their
+    generators no more: the token is thrown away whoever draws it."""
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        if self.device.type != "cpu":
+            return original(self, grammar_output)
+        batch = self.input_batch
+        unwanted = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        resting = {row: batch.generators.pop(row) for row in unwanted if row in batch.generators}
+        try:
+            return original(self, grammar_output)
+        finally:
+            batch.generators.update(resting)
+
+    return sample_tokens
 
 
 def _angles_v1(runner: Any, state: Any, length: int) -> torch.Tensor:
