@@ -180,12 +180,13 @@ def _with_capped_hits(original: Callable[..., Any]) -> Callable[..., Any]:
         for manager in managers(self):
             if (plan := manager.active_plan(request.request_id)) is None:
                 continue
-            hit, limit = blocks.blocks[0][: plan.reusable_blocks], plan.freed_blocks
+            hit = blocks.blocks[0][: plan.reusable_blocks]
+            limit = shared = min(plan.freed_blocks, plan.reusable_blocks)
             # Copied before the step computes it, a block would be a copy of nothing.
             while limit < len(hit) and hit[limit].block_id not in manager.uncomputed:
                 limit += 1
             if not _copies_fit(self, manager, request, hit[:limit]):
-                limit = min(limit, plan.freed_blocks)
+                limit = shared
             limit *= plan.block_size
             if num_tokens > limit:
                 blocks, num_tokens = self.truncate_computed_blocks(blocks, limit), limit
