@@ -396,7 +396,8 @@ class _Host:
         Args:
             arrive: step at which each request is queued (default: all at step 0).
             abort: request number -> step before which it is aborted.
-            preempt_at: step before which every running request is preempted.
+            preempt_at: step before which every running request is preempted, and nothing
+                computed is found again: neither blocks nor embeddings of clips.
             free: leave only so many free blocks in the pool for this batch.
         """
         if self.policy:
@@ -415,6 +416,7 @@ class _Host:
                 self.engine.abort_request([f"r{number}"])
             if step == preempt_at:
                 self.scheduler.reset_prefix_cache(reset_running_requests=True)
+                self.engine.reset_encoder_cache()
             for output in self.engine.step():
                 if output.finished and output.outputs[0].finish_reason != "abort":
                     done[output.request_id] = _answer(output, self.vocabulary)

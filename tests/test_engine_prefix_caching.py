@@ -188,6 +188,19 @@ def test_preemption_hits_what_the_first_run_cached(
         assert trace.free_before == trace.free_after
 
 
+def test_a_preempted_request_starts_again_without_its_hit(
+    caching: Engine, media: Media, reference: Reference
+) -> None:
+    """The hit covered its clip, so vLLM sent the worker none; now it is needed."""
+    caching.run(media.separate())
+    ask = media.separate(question="And now?")
+    trace = caching.run(ask, preempt_at=3)
+    assert trace.preemptions["r0"]
+    assert_reference(trace, reference, ask)
+    assert trace.answers[0].cached > 0
+    assert trace.free_before == trace.free_after
+
+
 def test_an_abort_while_copies_are_made(
     caching: Engine, media: Media, reference: Reference
 ) -> None:

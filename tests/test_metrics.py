@@ -251,7 +251,7 @@ def assert_gauges_through_a_preemption(engine: Engine, media: Media) -> None:
     first_decode = next(n for n, (before, now) in enumerate(pairwise(held), 1) if now < before)
     trace = engine.run(media.long_separate(), preempt_at=first_decode + 3)
     saved = engine.call("take_saved")
-    assert trace.preemptions["r0"] == 1
+    assert len(trace.preemptions["r0"]) == 1
     blocks = trace.counters["freed_blocks"]
     assert f"freed {blocks} of" in line
     assert runs(saved, "saved_blocks") == [0, blocks, 0, blocks, 0]

@@ -154,12 +154,14 @@ def _register_spec() -> None:
 _register_spec()
 
 
-def install() -> None:
-    """Wrap the scheduler's two functions that must know a request's plan."""
+def install(use_v2_model_runner: bool) -> None:
+    """Wrap the scheduler's functions that must know a request's plan, or keep its clips."""
     compat.find("_apply_cow")
     compat.find("_remove_blocks_in_range")
     compat.wrap("get_computed_blocks", _with_capped_hits)
     compat.wrap("_reserve_prefill_lookahead", _with_chunk_boundary)
+    if not use_v2_model_runner:  # V2 is sent a resumed request like a new one
+        compat.wrap("strip_covered_mm_data", _with_all_clips)
 
 
 def managers(kv_cache_manager: Any) -> list[KVPolicyManager]:
@@ -215,6 +217,15 @@ def _copies_fit(
     )
     free = manager.block_pool.get_num_free_blocks() - kv_cache_manager.watermark_blocks
     return needed <= free
+
+
+def _with_all_clips(original: Callable[..., Any]) -> Callable[..., Any]:
+    def strip_covered_mm_data(
+        mm_features: Any, num_computed_tokens: int, uses_mrope: bool = False
+    ) -> Any:
+        return mm_features
+
+    return strip_covered_mm_data
 
 
 def _with_chunk_boundary(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -113,6 +113,14 @@ TOUCH_POINTS = {
             "a hook by which a KV cache manager bounds the next chunk",
         ),
         TouchPoint(
+            "vllm.v1.core.sched.output:strip_covered_mm_data",
+            ("mm_features", "num_computed_tokens", "uses_mrope"),
+            "keeps the clips of a request whose prefix-cache hit covers them: preempted, it may "
+            "start again without that hit, and model runner V1 would end the engine for want of "
+            "them",
+            "vLLM sending them again to a request that it resumes on V1, or the removal of V1",
+        ),
+        TouchPoint(
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
             ("self", "grammar_output"),
             "on CPU, keeps a seeded request that is in the middle of its prompt from stopping the "

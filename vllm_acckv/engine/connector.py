@@ -97,7 +97,7 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         self._has_angles = False
         self._copies: PrefixCopies | None = None
         if role == KVConnectorRole.SCHEDULER:
-            blocks.install()
+            blocks.install(vllm_config.use_v2_model_runner)
         else:
             self._worker = self._make_worker(vllm_config, kv_cache_config)
 
