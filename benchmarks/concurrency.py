@@ -12,44 +12,19 @@ finished. "decoding" are requests whose prompt is complete.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-)
-
+# First: it sets the environment that vLLM reads when it is imported.
+from long_clip import conversation
 from vllm import LLM, SamplingParams
 
-from vllm_acckv.tools import clips, tiny_model
+from vllm_acckv.tools import tiny_model
 
 BLOCK_SIZE = 32
-
-
-def conversation(folder: Path) -> list[dict[str, Any]]:
-    """Three clips of 28 s with picture and sound, then a question."""
-    parts: list[dict[str, Any]] = []
-    for seed in range(3):
-        video, sound = folder / f"{seed}.mp4", folder / f"{seed}.wav"
-        clips.make_clip(video, seconds=28, seed=seed, sound=False)
-        clips.make_wav(sound, seconds=28, seed=seed)
-        parts += [
-            {"type": "video_url", "video_url": {"url": video.as_uri()}},
-            {"type": "audio_url", "audio_url": {"url": sound.as_uri()}},
-        ]
-    parts.append({"type": "text", "text": "What happens in the clips?"})
-    return [{"role": "user", "content": parts}]
 
 
 def run(llm: LLM, prompt: Any, count: int, budget: float, answer: int) -> dict[str, float]:
