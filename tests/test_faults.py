@@ -30,6 +30,8 @@ QUESTIONS = 40
 # A hang, on a machine that does other things as well.
 ANSWER_SECONDS = 120.0
 DEATH_SECONDS = 60.0
+# Tokens that take far longer than a busy server's metrics do.
+LONG_ANSWER = 8192
 MAX_LENGTH = 1024
 SMALL = (
     *("--num-gpu-blocks-override", "48"),
@@ -357,7 +359,7 @@ class Death:
 def kill(server: Server, victim: str, media: Media) -> Death:
     """SIGKILL the process called ``victim``; wait for the end of the server."""
     client = Client(server)
-    body = {**questions(server.model, media)[0], "vllm_xargs": {}, "max_tokens": 700}
+    body = {**questions(server.model, media)[0], "vllm_xargs": {}, "max_tokens": LONG_ANSWER}
 
     def post(stream: bool) -> bool:
         try:
@@ -387,7 +389,8 @@ def test_killed_process(checkpoint: Path, media: Media, tmp_path: Path, victim: 
 
     def die(policy: tuple[str, ...]) -> Death:
         log = tmp_path / f"log{len(policy)}"
-        with Server(checkpoint, *policy, *SMALL, media=media.folder, log=log) as server:
+        room = ("--max-model-len", str(2 * LONG_ANSWER))
+        with Server(checkpoint, *policy, *room, media=media.folder, log=log) as server:
             return kill(server, victim, media)
 
     with ThreadPoolExecutor(2) as pool:
