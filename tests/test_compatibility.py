@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from vllm.config.cache import CacheDType
 
 from vllm_acckv.config import KVPolicyError
 from vllm_acckv.engine import blocks, front_end, startup, supported, verify
@@ -21,6 +22,7 @@ from vllm_acckv.policies.recent import Recent
 TESTS = Path(__file__).parent
 ACCKV = make_policy("acckv")
 ROWS = {row.name: row for rows in supported.refusals().values() for row in rows}
+PLAIN = {"auto", "float16", "bfloat16"}
 HOW_TO_PRINT = "python -m vllm_acckv.engine.supported > docs/compatibility.md"
 
 
@@ -213,7 +215,7 @@ def test_hazard_18_a_row_refuses_by_name(monkeypatch: pytest.MonkeyPatch, name: 
         serve(),
         serve(speculative_config=SimpleNamespace(method="ngram")),
         serve(pipeline_parallel_size=2),
-        serve(cache_dtype="bfloat16"),
+        *(serve(cache_dtype=dtype) for dtype in PLAIN),
         prepare(),
         prepare(worker_extension_cls=startup.WORKER_EXTENSION),
         prepare(kv_transfer_config=SimpleNamespace(kv_connector=startup.CONNECTOR)),
@@ -233,6 +235,12 @@ def test_other_methods_of_speculation_are_refused_by_name(method: str) -> None:
     config = Config(speculative_config=SimpleNamespace(method=method))
     with pytest.raises(KVPolicyError, match=rf"--speculative-config\) by method {method};"):
         supported.check_supported(config, ACCKV)
+
+
+@pytest.mark.parametrize("dtype", sorted({*get_args(CacheDType)} - PLAIN))
+def test_hazard_18_quantised_caches_are_refused_by_name(dtype: str) -> None:
+    with pytest.raises(KVPolicyError, match=f"--kv-cache-dtype {dtype};"):
+        supported.check_supported(Config(cache_dtype=dtype), ACCKV)
 
 
 def test_the_document_is_up_to_date() -> None:

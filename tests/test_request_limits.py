@@ -208,6 +208,7 @@ def test_flags_move_into_the_additional_configuration() -> None:
     [
         (None, {"kv_request_policies": []}, "^--kv-request-policies and .* need --kv-policy"),
         ({"a": 1}, {"kv_request_max_budget": 0.5}, "--kv-request-max-budget need --kv-policy"),
+        ("text", {"kv_policy": "acckv"}, "^--additional-config is 'text'; .* a JSON object"),
         (
             {"kv_policy_requests": {}},
             {"kv_policy": "acckv", "kv_request_policies": []},
@@ -223,6 +224,23 @@ def test_flags_that_do_not_fit(additional: Any, given: dict[str, Any], sentence:
 def test_limits_without_a_policy() -> None:
     with pytest.raises(KVPolicyError, match=r"kv_policy_requests .* needs kv_policy"):
         flags.request_limits({"kv_policy_requests": {"policies": []}})
+
+
+@pytest.mark.parametrize(
+    ("additional", "sentence"),
+    [
+        ({"kv_policy_request": {"policies": []}}, "^kv_policy_request in .* is unknown; the keys"),
+        ({"kv_policys": "acckv"}, "^kv_policys in the additional configuration is unknown"),
+        ({"kv_policy_prefix_copies": "false"}, "copies .* is 'false'; it must be true or false"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(additional: dict[str, Any], sentence: str) -> None:
+    """With a policy and without one: a misspelt limit would let everybody in."""
+    start = flags._with_policy(lambda *_: "config")
+    for policy in ({}, {"kv_policy": "acckv"}):
+        with pytest.raises(KVPolicyError, match=sentence):
+            start(SimpleNamespace(additional_config={**policy, **additional}))
+    assert start(SimpleNamespace(additional_config={"other": 1})) == "config"
 
 
 def test_the_front_end_answers_with_400() -> None:

@@ -73,10 +73,11 @@ class KVPolicyManager(FullAttentionManager):
     ) -> None:
         super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
         number = self.num_copies(request_id, len(new_computed_blocks))
-        first = len(new_computed_blocks) - number
-        # vLLM's runners copy before they compute, and keep both ends until then.
-        for index, own in enumerate(self.block_pool.get_new_blocks(number), start=first):
-            self._apply_cow(request_id, index, new_computed_blocks[index], own)
+        last = len(new_computed_blocks) - 1
+        # vLLM's runners copy before they compute, and keep both ends until then. It frees the
+        # sources in this order: the tail first, because a prefix is worth more than what follows.
+        for behind, own in enumerate(self.block_pool.get_new_blocks(number)):
+            self._apply_cow(request_id, last - behind, new_computed_blocks[last - behind], own)
 
     def remove_skipped_blocks(
         self,
@@ -105,9 +106,10 @@ class KVPolicyManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         request_id = request.request_id
-        hashed = self.num_cached_block.get(request_id, 0)
+        first = self.num_cached_block.get(request_id, 0)
         self._cache_blocks(request, num_tokens, retention_interval, replay_boundaries)
-        self.uncomputed.update(block.block_id for block in self.req_to_blocks[request_id][hashed:])
+        hashed = self.req_to_blocks[request_id][first : self.num_cached_block.get(request_id, 0)]
+        self.uncomputed.update(block.block_id for block in hashed)
 
     def _cache_blocks(
         self,
@@ -154,10 +156,26 @@ def _register_spec() -> None:
 _register_spec()
 
 
+_RELIED_ON = (
+    "truncate_computed_blocks",
+    "_apply_cow",
+    "_remove_blocks_in_range",
+    "get_num_blocks_to_allocate",
+    "add_local_computed_blocks",
+    "remove_skipped_blocks",
+    "pop_blocks_for_free",
+    "cache_blocks",
+    "get_new_blocks",
+    "get_cached_block",
+    "cache_full_blocks",
+    "free_blocks",
+)
+"""What :class:`KVPolicyManager` overrides, and what it and ``PrefixCopies`` call."""
+
+
 def install(use_v2_model_runner: bool) -> None:
     """Wrap the scheduler's functions that must know a request's plan, or keep its clips."""
-    compat.find("_apply_cow")
-    compat.find("_remove_blocks_in_range")
+    compat.check(*_RELIED_ON)
     compat.wrap("get_computed_blocks", _with_capped_hits)
     compat.wrap("_reserve_prefill_lookahead", _with_chunk_boundary)
     if not use_v2_model_runner:  # V2 is sent a resumed request like a new one

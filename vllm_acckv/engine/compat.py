@@ -4,8 +4,8 @@
 Public extension points in use: the ``vllm.general_plugins`` and ``vllm.platform_plugins`` entry
 points, ``additional_config``, ``register_backend``, ``AttentionBackend.customize_spec``,
 ``KVCacheSpecRegistry``, ``worker_extension_cls`` and the KV connector interface. Everything else
-is one row of :data:`TOUCH_POINTS`: wrapped once, checked before it is wrapped, and refused by
-name when vLLM has changed it.
+is one row of :data:`TOUCH_POINTS`: checked before it is wrapped, overridden or called, and refused
+by name when vLLM has changed it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class IncompatibleVLLMError(RuntimeError):
 
 @dataclass(frozen=True)
 class TouchPoint:
-    """A vLLM function that is wrapped, or called although it is private.
+    """A vLLM function that is wrapped, or overridden or called although it is internal.
 
     Attributes:
         target: ``module:Class.function`` or ``module:function``.
         parameters: its parameter names in order.
-        reason: what it is wrapped or called for.
+        reason: what it is wrapped, overridden or called for.
         removal: the upstream change that makes this unnecessary.
     """
 
@@ -42,6 +42,10 @@ class TouchPoint:
     reason: str
     removal: str
 
+
+_MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
+_POOL = "vllm.v1.core.block_pool:BlockPool"
+_STABLE = "vLLM declaring the interface of block managers and of the block pool stable"
 
 TOUCH_POINTS = {
     point.target.rpartition(":")[2].rpartition(".")[2]: point
@@ -89,22 +93,106 @@ TOUCH_POINTS = {
         TouchPoint(
             "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
             ("self", "request"),
-            "a prefix-cache hit of a request that will be compacted ends where its own blocks "
-            "will be rewritten",
+            "a prefix-cache hit ends at the first row that the request's policy observes, and "
+            "before blocks that cannot be copied yet",
             "passing the request to SingleTypeKVCacheManager.find_longest_cache_hit",
         ),
         TouchPoint(
-            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager._apply_cow",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks",
+            ("self", "blocks", "num_computed_tokens"),
+            "called: cuts a prefix-cache hit",
+            _STABLE,
+        ),
+        TouchPoint(
+            f"{_MANAGER}._apply_cow",
             ("self", "request_id", "block_idx", "source_block", "cow_block"),
             "called: a compacted request gets its own copies of the cached blocks it rewrites",
             "a public name for it",
         ),
         TouchPoint(
-            "vllm.v1.core.single_type_kv_cache_manager:"
-            "SingleTypeKVCacheManager._remove_blocks_in_range",
+            f"{_MANAGER}._remove_blocks_in_range",
             ("self", "request_id", "first_block", "last_block"),
             "called: a compacted request gives back its leading blocks",
             "a public name for it",
+        ),
+        TouchPoint(
+            f"{_MANAGER}.get_num_blocks_to_allocate",
+            (
+                "self",
+                "request_id",
+                "num_tokens",
+                "new_computed_blocks",
+                "total_computed_tokens",
+                "num_local_computed_tokens",
+                "num_tokens_main_model",
+                "apply_admission_cap",
+                "prefill_end",
+            ),
+            "overridden: counts those copies",
+            _STABLE,
+        ),
+        TouchPoint(
+            f"{_MANAGER}.add_local_computed_blocks",
+            (
+                "self",
+                "request_id",
+                "new_computed_blocks",
+                "num_local_computed_tokens",
+                "num_external_computed_tokens",
+            ),
+            "overridden: takes those copies",
+            _STABLE,
+        ),
+        TouchPoint(
+            f"{_MANAGER}.remove_skipped_blocks",
+            ("self", "request_id", "processed_computed_tokens", "num_prompt_tokens"),
+            "overridden: called before each allocation, where leading blocks are given back",
+            _STABLE,
+        ),
+        TouchPoint(
+            f"{_MANAGER}.pop_blocks_for_free",
+            ("self", "request_id"),
+            "overridden: a preempted request starts again with all its blocks",
+            _STABLE,
+        ),
+        TouchPoint(
+            f"{_MANAGER}.cache_blocks",
+            ("self", "request", "num_tokens", "retention_interval", "replay_boundaries"),
+            "overridden: blocks that will be rewritten are not hashed",
+            _STABLE,
+        ),
+        TouchPoint(
+            f"{_POOL}.get_new_blocks",
+            ("self", "num_blocks"),
+            "called: takes free blocks for copies",
+            _STABLE,
+        ),
+        TouchPoint(
+            f"{_POOL}.get_cached_block",
+            ("self", "block_hash", "kv_cache_group_ids"),
+            "called: is a block in the prefix cache already?",
+            _STABLE,
+        ),
+        TouchPoint(
+            f"{_POOL}.cache_full_blocks",
+            (
+                "self",
+                "request",
+                "blocks",
+                "num_cached_blocks",
+                "num_full_blocks",
+                "block_size",
+                "kv_cache_group_id",
+                "block_mask",
+            ),
+            "called: enters copies into the prefix cache",
+            _STABLE,
+        ),
+        TouchPoint(
+            f"{_POOL}.free_blocks",
+            ("self", "ordered_blocks"),
+            "called: frees copies, which stay findable",
+            _STABLE,
         ),
         TouchPoint(
             "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
@@ -152,6 +240,12 @@ TOUCH_POINTS = {
             ("self", "scheduler_output"),
             "model runner V2 gives an attention backend the index of a request, not the request",
             "a backend hook for added requests",
+        ),
+        TouchPoint(
+            "vllm.v1.worker.gpu.mm.rope:RopeState.read_prefill_positions",
+            ("self", "req_idx", "length"),
+            "called: M-RoPE positions of a prompt, for policies that un-rotate keys",
+            "positions of a request in CommonAttentionMetadata",
         ),
         TouchPoint(
             "vllm.model_executor.models.qwen2_5_omni_thinker:check_interleaved_audio_video",
@@ -204,6 +298,16 @@ def find(name: str) -> tuple[Any, Any]:
             _changed(point, f"it takes {', '.join(found)} instead of {', '.join(expected)}")
         )
     return owner, stored
+
+
+def check(*names: str) -> None:
+    """Touch points that are overridden or called are as expected.
+
+    Raises:
+        IncompatibleVLLMError: when one is gone or its parameters changed.
+    """
+    for name in names:
+        find(name)
 
 
 def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

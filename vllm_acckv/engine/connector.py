@@ -24,7 +24,7 @@ from vllm.logger import init_logger
 
 from vllm_acckv.config import KVPolicyError
 from vllm_acckv.engine import blocks, flags, runners
-from vllm_acckv.engine.prefix_copies import CONFIG_KEY, BlockCopies, PrefixCopies
+from vllm_acckv.engine.prefix_copies import BlockCopies, PrefixCopies
 from vllm_acckv.engine.prometheus import KVPolicyPromMetrics, KVPolicyStats, Saved
 from vllm_acckv.engine.ranks import TensorParallelRanks
 from vllm_acckv.engine.requests import plan_request
@@ -172,8 +172,12 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         groups = kv_cache_manager.coordinator.single_type_managers
         refuse(KV_CACHES, self.policy.name, groups, self._managers)
         (manager,) = self._managers
-        if manager.enable_caching and self._vllm_config.additional_config.get(CONFIG_KEY, True):
-            self._copies = PrefixCopies(manager)
+        config = self._vllm_config
+        if manager.enable_caching and config.additional_config.get(flags.COPIES_KEY, True):
+            overlapping = (config.max_concurrent_batches - 1) * (
+                config.scheduler_config.max_num_batched_tokens
+            )
+            self._copies = PrefixCopies(manager, -(-overlapping // manager.block_size))
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]

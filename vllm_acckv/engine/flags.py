@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "kv_policy"
 LIMITS_KEY = "kv_policy_requests"
+COPIES_KEY = "kv_policy_prefix_copies"
+"""Keys of ``additional_config``. The last one is for measurements: false makes no copies of prompt
+blocks for the prefix cache, see :mod:`vllm_acckv.engine.prefix_copies`."""
 
 # Settings with a flag of their own -> where the parser puts their values.
 _FLAGS = {"policy": "kv_policy", "budget": "kv_budget", "tau": "kv_tau"}
@@ -64,6 +67,28 @@ def request_limits(additional_config: Any) -> RequestLimits:
             "there is nothing that a request may set."
         )
     return limits_from_mapping(additional_config[LIMITS_KEY])
+
+
+def check_keys(additional_config: Any) -> None:
+    """Refuse what would be ignored: a misspelt limit must not let everybody in.
+
+    Raises:
+        KVPolicyError: naming the key.
+    """
+    if not isinstance(additional_config, dict):
+        return
+    known = (CONFIG_KEY, LIMITS_KEY, COPIES_KEY)
+    for key in additional_config:
+        if str(key).startswith(CONFIG_KEY) and key not in known:
+            raise KVPolicyError(
+                f"{key} in the additional configuration is unknown; the keys of a KV policy are "
+                f"{', '.join(known)}."
+            )
+    if not isinstance(additional_config.get(COPIES_KEY, True), bool):
+        raise KVPolicyError(
+            f"{COPIES_KEY} in the additional configuration is {additional_config[COPIES_KEY]!r}; "
+            "it must be true or false."
+        )
 
 
 def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,6 +213,10 @@ def _fold(namespace: argparse.Namespace) -> None:
     if policy is None and not limits:
         return
     additional = getattr(namespace, "additional_config", None) or {}
+    if not isinstance(additional, dict):
+        raise KVPolicyError(
+            f"--additional-config is {additional!r}; with a KV policy it must be a JSON object."
+        )
     if policy is not None:
         what = "The KV policy is given both by --kv-policy"
         additional = _with(additional, CONFIG_KEY, to_mapping(policy), what)
@@ -252,6 +281,7 @@ def _with_policy(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def create_engine_config(self: Any, usage_context: Any = None, headless: bool = False) -> Any:
         try:
+            check_keys(self.additional_config)
             policy = requested(self.additional_config)
             request_limits(self.additional_config)
             if policy is None and startup_module not in sys.modules:

@@ -4,8 +4,8 @@
 A compacted request rewrites its blocks from ``Plan.freed_blocks`` on. Just before a layer does, the
 worker copies them into blocks that nobody uses, and when the step is done, the scheduler enters
 those into the prefix cache and frees them, so that they are as any other cached block: found by the
-next question about the clip, and the last to be evicted. A copy is made only of what the cache does
-not hold yet, and only into blocks that no running request needs.
+next question about the clip, and the last to be evicted. What the cache holds already, or will when
+the step is done, is not copied again, and only blocks that no running request needs are taken.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from vllm_acckv.engine.blocks import KVPolicyManager
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
-
-CONFIG_KEY = "kv_policy_prefix_copies"
-"""Of ``additional_config``: false makes no copies. For measurements."""
 
 
 @dataclass
@@ -47,12 +44,22 @@ class _Pending:
     first: int
     blocks: list[KVCacheBlock]
 
+    @property
+    def hashes(self) -> list[BlockHash]:
+        return self.request.block_hashes[self.first : self.first + len(self.blocks)]
+
 
 class PrefixCopies:
     """The scheduler's side. The worker's is ``PolicyWorker.after_attention``."""
 
-    def __init__(self, manager: KVPolicyManager) -> None:
+    def __init__(self, manager: KVPolicyManager, reserved: int = 0) -> None:
+        """
+        Args:
+            reserved: blocks to leave free because the next step is scheduled before this one is
+                done and its copies are free again (pipeline parallelism, async scheduling).
+        """
         self._manager = manager
+        self._reserved = reserved
         self._pool = manager.block_pool
         self._requests: dict[str, Request] = {}
         self._pending: dict[str, _Pending] = {}
@@ -68,6 +75,8 @@ class PrefixCopies:
     def schedule(self, output: SchedulerOutput) -> BlockCopies:
         """Choose what the step that ``output`` describes copies, and take blocks for it."""
         copies = BlockCopies()
+        # The next token of every request may need a block.
+        reserved = self._reserved + len(self._manager.req_to_blocks)
         for request_id, scheduled in output.num_scheduled_tokens.items():
             request = self._requests.get(request_id)
             if request is None:
@@ -76,9 +85,7 @@ class PrefixCopies:
             if not request.num_computed_tokens < end <= request.num_computed_tokens + scheduled:
                 continue
             first, blocks = self._uncached(request)
-            # One block for each row of the batch stays free: its next token may need it.
-            spare = self._pool.get_num_free_blocks() - len(output.num_scheduled_tokens)
-            blocks = blocks[: max(spare, 0)]
+            blocks = blocks[: max(self._pool.get_num_free_blocks() - reserved, 0)]
             if not blocks or request_id in self._pending:
                 continue
             targets = self._pool.get_new_blocks(len(blocks))
@@ -88,13 +95,16 @@ class PrefixCopies:
 
     def _uncached(self, request: Request) -> tuple[int, list[KVCacheBlock]]:
         """The blocks of ``request`` that a later one could reuse, that will be rewritten, and
-        that the prefix cache does not hold; and the index of the first of them."""
+        that the prefix cache will not hold; and the index of the first of them."""
         plan = self._manager.plans[request.request_id]
         first = plan.freed_blocks
         # A plan may end before a block that its policy observes, but never frees that block.
         last = max(plan.reusable_blocks, first)
         group = [self._manager.kv_cache_group_id]
-        while first < last and self._pool.get_cached_block(request.block_hashes[first], group):
+        coming = {block_hash for copies in self._pending.values() for block_hash in copies.hashes}
+        for block_hash in request.block_hashes[first:last]:
+            if block_hash not in coming and not self._pool.get_cached_block(block_hash, group):
+                break
             first += 1
         return first, self._manager.req_to_blocks[request.request_id][first:last]
 

@@ -18,6 +18,7 @@ from vllm_acckv.engine.worker import current_worker
 def install(use_v2_model_runner: bool) -> None:
     """Wrap the model runner in use."""
     if use_v2_model_runner:
+        compat.check("read_prefill_positions")
         compat.wrap("add_requests", _with_slots)
     else:
         compat.wrap("_build_attention_metadata", _with_batch)
@@ -38,6 +39,8 @@ def _with_sound_first(original: Callable[..., Any]) -> Callable[..., Any]:
     def check_interleaved_audio_video(
         is_video: Any, is_audio: Any, num_video: int, num_audio: int
     ) -> bool:
+        if current_worker() is None:
+            return original(is_video, is_audio, num_video, num_audio)
         return num_video > 0 and num_audio > 0
 
     return check_interleaved_audio_video
@@ -72,7 +75,7 @@ def _with_generators_at_rest(original: Callable[..., Any]) -> Callable[..., Any]
     generators no more: the token is thrown away whoever draws it."""
 
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        if self.device.type != "cpu":
+        if current_worker() is None or self.device.type != "cpu":
             return original(self, grammar_output)
         batch = self.input_batch
         unwanted = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()

@@ -63,6 +63,8 @@ def refuse(rows: Iterable[Refusal], who: str, *found: Any) -> None:
 
 # Options and models: VllmConfig
 
+PLAIN_CACHES = ("auto", "float16", "bfloat16")
+
 _one_token = "the chunk that ends a prompt needs two tokens; one would run as a decode"
 
 OPTIONS = (
@@ -80,9 +82,9 @@ OPTIONS = (
         "--kv-cache-dtype",
         "keys are read back and merged entries are written, without the scales of a quantised "
         "cache",
-        lambda config: config.cache_config.cache_dtype.startswith(("fp8", "nvfp4")),
+        lambda config: config.cache_config.cache_dtype not in PLAIN_CACHES,
         value=lambda config: f" {config.cache_config.cache_dtype}",
-        which="`fp8*`, `nvfp4*`",
+        which=f"every dtype but {', '.join(f'`{dtype}`' for dtype in PLAIN_CACHES)}",
     ),
     Refusal(
         "decode context parallelism",
@@ -363,7 +365,7 @@ _WHEN = {
     "Models": "At start-up, before weights are read.",
     "Layers": "At start-up, when the layers exist.",
     "Policies": "At start-up for the server's policy, with status 400 for a request's.",
-    "Requests": "With status 400.",
+    "Requests": "When the request arrives.",
 }
 
 
