@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,8 @@ def start_engine(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
         return engines[key]
 
     yield start
-    for engine in engines.values():
-        engine.close()
+    with ThreadPoolExecutor() as pool:  # each takes seconds, most of them waiting
+        list(pool.map(Engine.close, engines.values()))
 
 
 @pytest.fixture(scope="session")
