@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.test_server import BUDGET_RANGE
+from tests.test_server import BUDGET_RANGE, POLICY
 from vllm_acckv.tools.server import ENVIRONMENT
 
-POLICY = ("--kv-policy", "acckv")
 NGRAM_GPU = '{"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
 CONNECTOR = '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'
 REFUSED_FLAGS: dict[tuple[str, ...], tuple[str, ...]] = {

@@ -17,6 +17,7 @@ from vllm_acckv.tools import clips
 from vllm_acckv.tools.demo import COMPACTIONS, FINISHED, FREED_BLOCKS, SKIPPED, TOKENS
 from vllm_acckv.tools.server import Metrics, Server
 
+POLICY = ("--kv-policy", "acckv")
 USAGE = "vllm:kv_cache_usage_perc"
 RUNNING = "vllm:num_requests_running"
 SAVED_BLOCKS = "vllm:kv_policy_saved_blocks"
