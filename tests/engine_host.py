@@ -20,6 +20,8 @@ class Host:
 
         if sabotage := options.pop("sabotage", None):
             _disable(sabotage)
+        if options.pop("triton_attention", False):
+            _attend_in_triton("additional_config" in options)
         self.log: list[str] = []
         options = {
             "dtype": "float32",
@@ -278,6 +280,21 @@ def _disable(target: str) -> None:
     owner: Any = importlib.import_module(module)
     owner = getattr(owner, owner_name) if owner_name else owner
     setattr(owner, name, staticmethod(lambda *args: args[-1] if args else None))
+
+
+def _attend_in_triton(policy: bool) -> None:
+    """Replace the attention backend for CPUs by the one that runs on GPUs, in the interpreter."""
+    import torch
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from vllm_acckv.engine import startup
+
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # asked by vLLM's kernel
+    backend = AttentionBackendEnum.CPU_ATTN
+    if policy:
+        startup.BACKENDS[backend] = startup.BACKENDS[AttentionBackendEnum.TRITON_ATTN]
+    else:
+        register_backend(backend, AttentionBackendEnum.TRITON_ATTN.get_path())
 
 
 def _by_name(by_id: dict[str, Any]) -> dict[str, Any]:

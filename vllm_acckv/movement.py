@@ -22,7 +22,8 @@ def gather_kept(
 
     Returns:
         keys and values ``[G, L, D]`` with ``L = kept.length``, and their positions in the prompt,
-        int64 ``[G, L]``, -1 for merged entries.
+        int64 ``[G, L]``, -1 for merged entries. In ``kept.empty_blocks`` at the front, keys and
+        values are arbitrary and positions -1.
     """
     length = key.shape[1]
     # Sort keys: token j has 2 j, a merged entry 2 j + 1 behind token j; -1 is not stored.
@@ -36,9 +37,10 @@ def gather_kept(
         key = torch.cat([key, merged.key], dim=1)
         value = torch.cat([value, merged.value], dim=1)
     source = order.argsort(dim=1, stable=True)[:, order.shape[1] - kept.length :]
+    stored = order.gather(1, source) >= 0
     index = source[..., None]
     return (
         key.gather(1, index.expand(-1, -1, key.shape[2])),
         value.gather(1, index.expand(-1, -1, value.shape[2])),
-        torch.where(source < length, source, -1),
+        torch.where(stored & (source < length), source, -1),
     )

@@ -9,11 +9,22 @@ chunked prefill simply add up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-# (row positions [n, 1], column positions [l]) -> factor [n, l]
-Weights = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+@dataclass(frozen=True)
+class Weights:
+    """Factor on each probability: one of its row times one of its column.
+
+    Attributes:
+        rows, columns: map positions ``[n]`` to fp32 factors ``[n]``.
+    """
+
+    rows: Callable[[torch.Tensor], torch.Tensor]
+    columns: Callable[[torch.Tensor], torch.Tensor]
+
 
 # Largest number of attention probabilities held at once (fp32, so 64 MiB).
 _MAX_PROBABILITIES = 1 << 24
@@ -33,7 +44,7 @@ def observed_attention(
         key: ``[G, m, D]`` cached keys of tokens ``0 .. m-1``, ``m >= first_row + n``.
         first_row: position of ``query[0]``.
         scale: softmax scale.
-        weights: factor applied to each probability before summing (eq. 1 of AccKV).
+        weights: factors applied to each probability before summing (eq. 1 of AccKV).
 
     Returns:
         fp32 ``[G, m]``: per KV head, the sum over rows of the mean over its query heads.
@@ -53,6 +64,6 @@ def observed_attention(
         logits.masked_fill_((columns > rows)[None, :, None, :], float("-inf"))
         attention = logits.softmax(-1).mean(2)
         if weights is not None:
-            attention = attention * weights(rows, columns)
+            attention = attention * weights.rows(rows)
         total += attention.sum(1)
-    return total
+    return total if weights is None else total * weights.columns(columns)

@@ -83,12 +83,14 @@ class Kept:
     """The entries a layer really keeps: :class:`Selection` rounded up to whole blocks.
 
     Attributes:
-        freed_blocks: leading blocks this layer leaves empty.
-        length: entries of every KV head, ``l - freed_blocks * block_size``.
+        freed_blocks: leading blocks this layer leaves empty, as far as the host knows.
+        length: slots of every KV head behind them, ``l - freed_blocks * block_size``.
         tokens: bool ``[G, l]``, original tokens kept, those that fill spare slots included.
         merged: surviving merged entries, or ``None``.
         folded: bool ``[G, l]``, dropped tokens that live on inside a kept or merged entry, or
             ``None`` if there are none.
+        empty_blocks: leading blocks of ``length`` that are empty, too, because of the data: 0 or
+            an int64 scalar on the device.
     """
 
     freed_blocks: int
@@ -96,6 +98,12 @@ class Kept:
     tokens: torch.Tensor
     merged: Merged | None
     folded: torch.Tensor | None = None
+    empty_blocks: torch.Tensor | int = 0
+
+    @property
+    def all_freed(self) -> torch.Tensor | int:
+        """Leading blocks this layer leaves empty, on the device if they depend on the data."""
+        return self.freed_blocks + self.empty_blocks
 
     def fates(self, modality: torch.Tensor) -> torch.Tensor:
         """Tokens kept, merged and evicted, by modality code: fp32 ``[3, 3]``, means over KV
@@ -140,32 +148,48 @@ def ranked(scores: torch.Tensor) -> torch.Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
-def align(selection: Selection, num_heads: int, block_size: int, ranks: Ranks) -> Kept:
+def align(
+    selection: Selection,
+    num_heads: int,
+    block_size: int,
+    ranks: Ranks,
+    most: int | None = None,
+) -> Kept:
     """Round the number of entries up so that the freed slots are whole blocks.
 
     Every KV head of the layer ends with the same number of entries: that of the head that wants
-    most, rounded up. A layer that would free less than a block keeps all tokens, unmerged. Where
-    the number depends on the data (``selection.size`` is ``None``: AccKV's similarity filter),
-    it is read from the device once, because block tables are made on the host.
+    most, rounded up. A layer that would free less than a block keeps all tokens, unmerged.
 
     Args:
         block_size: 1 keeps exactly the entries wanted, if all heads want equally many.
+        most: entries that the prompt's layout allows. Where their number depends on the data
+            (``selection.size`` is ``None``: AccKV's similarity filter), it is then left on the
+            device, in ``empty_blocks``; without ``most`` it is read from there.
     """
     length = selection.keep.shape[1]
     tokens = selection.keep.expand(num_heads, length)
     wanted = tokens.sum(1)
     if selection.merged is not None:
         wanted = wanted + selection.merged.valid.sum(1)
-    size = selection.size
-    if size is None:
-        size = int(ranks.max(wanted.max()))
-    freed_blocks = max(0, length - size) // block_size
+    largest = ranks.max(wanted.max()) if selection.size is None else selection.size
+    on_device = isinstance(largest, torch.Tensor) and most is not None
+    bound = most if on_device else int(largest)
+    assert bound is not None
+    freed_blocks = max(0, length - bound) // block_size
     if freed_blocks == 0 and block_size > 1:
         return Kept(0, length, torch.ones_like(tokens), None)
-    entries = length - freed_blocks * block_size
+    all_freed = (length - largest) // block_size if on_device else freed_blocks
+    entries = length - all_freed * block_size
     tokens = tokens | (selection.fill_rank < (entries - wanted)[:, None])
     folded = None
     if selection.merged is not None:
         alive = selection.merged.sources & selection.merged.valid[..., None]
         folded = alive.any(1) & ~tokens
-    return Kept(freed_blocks, entries, tokens, selection.merged, folded)
+    return Kept(
+        freed_blocks,
+        length - freed_blocks * block_size,
+        tokens,
+        selection.merged,
+        folded,
+        all_freed - freed_blocks,
+    )

@@ -242,6 +242,13 @@ TOUCH_POINTS = {
             "a backend hook for added requests",
         ),
         TouchPoint(
+            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state",
+            ("self", "scheduler_output", "dummy_run"),
+            "a step that observes or compacts is no decode, though each row may have one token: a "
+            "replayed CUDA graph of the whole model would skip it",
+            "a backend hook that keeps a batch out of FULL CUDA graphs",
+        ),
+        TouchPoint(
             "vllm.v1.worker.gpu.mm.rope:RopeState.read_prefill_positions",
             ("self", "req_idx", "length"),
             "called: M-RoPE positions of a prompt, for policies that un-rotate keys",

@@ -31,7 +31,7 @@ from vllm_acckv.engine.requests import plan_request
 from vllm_acckv.engine.rotary import angles_available
 from vllm_acckv.engine.supported import num_layers, refuse
 from vllm_acckv.engine.verify import KV_CACHES, verify_layers
-from vllm_acckv.engine.worker import PolicyWorker, set_current_worker
+from vllm_acckv.engine.worker import PolicyWorker, set_current_worker, upload
 from vllm_acckv.metrics import RequestReport
 from vllm_acckv.plan import NO_CLIP, returns_memory
 
@@ -61,12 +61,19 @@ class LayersVerified(KVConnectorHandshakeMetadata):
 
 @dataclass
 class WorkerReports(KVConnectorWorkerMetadata):
-    """Reports of the requests that were compacted in a step."""
+    """What a step has done.
 
+    Attributes:
+        compacted: ids of the requests that were compacted in it.
+        reports: on them, or on those of earlier steps: counts come from the device when they do.
+    """
+
+    compacted: set[str]
     reports: dict[str, RequestReport]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReports:
         assert isinstance(other, WorkerReports)
+        self.compacted |= other.compacted
         for request_id, report in other.reports.items():
             if request_id in self.reports:
                 self.reports[request_id] += report
@@ -121,7 +128,11 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         assert self._worker is not None and isinstance(connector_metadata, BlockCopies)
-        self._worker.copies = connector_metadata.blocks
+        device = self._worker.device
+        self._worker.copies = {
+            request_id: (upload(sources, device), upload(targets, device))
+            for request_id, (sources, targets) in connector_metadata.blocks.items()
+        }
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._verified = verify_layers(self._vllm_config, self._kv_cache_config)
@@ -135,12 +146,12 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         if self._vllm_config.use_v2_model_runner and not self._worker.step_open:
             raise RuntimeError("The model runner ran a step that the KV policy did not see.")
         self._worker.step_open = False
-        reports = self._worker.take_reports()
+        compacted, reports = self._worker.take_compacted()
         # Every tensor-parallel rank keeps as many tokens; which modality they are of can differ
         # with a selection per head, and then rank 0 speaks for all.
-        if not reports or self._worker.ranks.rank > 0:
+        if not (compacted or reports) or self._worker.ranks.rank > 0:
             return None
-        return WorkerReports(reports)
+        return WorkerReports(compacted, reports)
 
     def shutdown(self) -> None:
         if self._worker is not None:
@@ -228,7 +239,7 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
         if not isinstance(worker_meta, WorkerReports):
             return
         if self._copies is not None:
-            self._copies.finish(worker_meta.reports)
+            self._copies.finish(worker_meta.compacted)
         for request_id, report in worker_meta.reports.items():
             if request_id not in self._reports:  # else compacted again after a preemption
                 self._stats.compact(report)

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_acckv.engine.blocks import KVPolicySpec
 from vllm_acckv.engine.worker import PolicyWorker, Row, current_worker
+from vllm_acckv.scores import Weights, observed_attention
 
 
 class KVPolicyCPUAttentionBackend(CPUAttentionBackend):
@@ -166,6 +167,22 @@ class CPUPagedKV:
         self._cache = kv_cache
         self._blocks = block_table.long()
 
+    @property
+    def num_kv_heads(self) -> int:
+        return self._cache.shape[1]
+
+    def observe(
+        self,
+        scores: torch.Tensor,
+        query: torch.Tensor,
+        first_row: int,
+        scale: float,
+        weights: Weights | None,
+    ) -> None:
+        length = first_row + len(query)
+        key, _ = self.read(length)
+        scores[:, :length] += observed_attention(query, key, first_row, scale, weights)
+
     def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         block_size, width = self._cache.shape[2:]
         head_size = width // 2
@@ -191,7 +208,7 @@ class CPUPagedKV:
             slots,
         )
 
-    def copy(self, sources: list[int], targets: list[int]) -> None:
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         blocks = self._cache.unflatten(0, (-1, self._kernel_blocks))
         blocks[targets] = blocks[sources]
 

@@ -20,6 +20,7 @@ def install(use_v2_model_runner: bool) -> None:
     if use_v2_model_runner:
         compat.check("read_prefill_positions")
         compat.wrap("add_requests", _with_slots)
+        compat.wrap("gather_batch_req_state", _with_whole_graphs_for_decodes)
     else:
         compat.wrap("_build_attention_metadata", _with_batch)
         compat.wrap("sample_tokens", _with_generators_at_rest)
@@ -119,12 +120,25 @@ def _with_slots(original: Callable[..., Any]) -> Callable[..., Any]:
             return
         for data in scheduler_output.scheduled_new_reqs:
             slot = self.req_states.req_id_to_index[data.req_id]
-            worker.slots[slot] = worker.request(
-                data.req_id, _NewRequest(data), partial(_angles_v2, self, slot)
-            )
+            angles = partial(_angles_v2, self, slot)
+            worker.take_slot(slot, worker.request(data.req_id, _NewRequest(data), angles))
         worker.step_open = True
         known = self.req_states.req_id_to_index
         if len(worker.requests) > len(known):
             worker.forget_all_but(known)
 
     return add_requests
+
+
+def _with_whole_graphs_for_decodes(original: Callable[..., Any]) -> Callable[..., Any]:
+    def gather_batch_req_state(self: Any, scheduler_output: Any, dummy_run: bool) -> Any:
+        state, uniform_token_count = original(self, scheduler_output, dummy_run)
+        worker = current_worker()
+        if worker is None or state is None or not state.has_prefill:
+            return state, uniform_token_count
+        computed, scheduled = state.num_computed_prefill_tokens_np, state.num_scheduled_tokens
+        if worker.works_on(state.req_ids, computed.tolist(), scheduled.tolist()):
+            return state._replace(decode_graph_eligible=False), None
+        return state, uniform_token_count
+
+    return gather_batch_req_state

@@ -24,6 +24,12 @@ WORKER_EXTENSION = "vllm_acckv.engine.worker_extension.KVPolicyWorkerExtension"
 # Backends we extend: vLLM's name -> ours.
 BACKENDS = {
     AttentionBackendEnum.CPU_ATTN: "vllm_acckv.engine.cpu_attention.KVPolicyCPUAttentionBackend",
+    AttentionBackendEnum.FLASH_ATTN: (
+        "vllm_acckv.engine.gpu_attention.KVPolicyFlashAttentionBackend"
+    ),
+    AttentionBackendEnum.TRITON_ATTN: (
+        "vllm_acckv.engine.gpu_attention.KVPolicyTritonAttentionBackend"
+    ),
 }
 
 
@@ -34,9 +40,9 @@ def _transfers(arguments: Any) -> bool:
 
 ARGUMENTS = (
     Refusal(
-        "a platform other than CPU",
-        "only the attention backend for CPUs is extended so far",
-        lambda arguments: not current_platform.is_cpu(),
+        "a platform other than CPU and CUDA",
+        "only attention backends of these are extended",
+        lambda arguments: not (current_platform.is_cpu() or current_platform.is_cuda()),
         "--kv-policy {who} does not run on {name} yet, and this one is {value}; serve without a "
         "KV policy.",
         lambda arguments: str(current_platform.device_name),
@@ -68,6 +74,8 @@ BACKEND = (
 def activate() -> None:
     """Make attention layers of this process use our backends."""
     for backend, path in BACKENDS.items():
+        if (backend is AttentionBackendEnum.CPU_ATTN) != current_platform.is_cpu():
+            continue
         refuse(BACKEND, backend.name, backend, path)
         register_backend(backend, path)
 

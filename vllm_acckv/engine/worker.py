@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,11 +20,17 @@ from vllm_acckv.engine.requests import plan_request
 from vllm_acckv.metrics import RequestReport
 from vllm_acckv.plan import Plan
 from vllm_acckv.policies.base import Compacted, Layer, Policy, Prompt
-from vllm_acckv.scores import observed_attention
+from vllm_acckv.scores import Weights
+
+if TYPE_CHECKING:
+    from vllm_acckv.kernels.tables import LayerTables
 
 
 class PagedKV(Protocol):
     """One request's keys and values of one layer in the paged cache, in logical slots."""
+
+    @property
+    def num_kv_heads(self) -> int: ...
 
     def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[G, length, D]`` of slots ``0 .. length-1``, copied."""
@@ -32,8 +38,19 @@ class PagedKV(Protocol):
     def write(self, first_slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store ``[G, n, D]`` into slots ``first_slot .. first_slot+n-1``."""
 
-    def copy(self, sources: list[int], targets: list[int]) -> None:
-        """Copy whole blocks of the layer, by vLLM's block ids."""
+    def observe(
+        self,
+        scores: torch.Tensor,
+        query: torch.Tensor,
+        first_row: int,
+        scale: float,
+        weights: Weights | None,
+    ) -> None:
+        """Add to fp32 ``[G, l]`` what rows ``[n, H, D]`` from token ``first_row`` on pay to each
+        token, see :func:`vllm_acckv.scores.observed_attention`."""
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy whole blocks of the layer, by vLLM's block ids, int64 on the device."""
 
 
 @dataclass(eq=False)
@@ -47,9 +64,10 @@ class WorkerRequest:
         prompt: the compressed part of the prompt on the device, ``None`` if nothing is.
         observed: indices of the layers whose attention some layer's decision needs.
         scores: per layer index, fp32 ``[G, end]`` attention observed so far.
-        freed: per layer name, leading blocks it left empty.
+        freed: per layer name, leading blocks it left empty; on the device if that depends on data.
         fates: token counts of the layers compacted so far, fp32 ``[3, 3]`` on the device.
-        report: the other sums over those layers.
+        untouched: layers left alone.
+        seconds: spent so far, on the host.
     """
 
     request_id: str
@@ -58,9 +76,14 @@ class WorkerRequest:
     prompt: Prompt | None
     observed: frozenset[int]
     scores: dict[int, torch.Tensor] = field(default_factory=dict)
-    freed: dict[str, int] = field(default_factory=dict)
+    freed: dict[str, int | torch.Tensor] = field(default_factory=dict)
     fates: torch.Tensor | float = 0.0
-    report: RequestReport = field(default_factory=RequestReport)
+    untouched: int = 0
+    seconds: float = 0.0
+
+    def start_again(self) -> None:
+        """Forget a compaction that a preemption has undone."""
+        self.freed, self.fates, self.untouched, self.seconds = {}, 0.0, 0, 0.0
 
     def freed_blocks(self, layer_name: str) -> int:
         """Leading blocks the layer left empty.
@@ -73,7 +96,38 @@ class WorkerRequest:
                 f"{layer_name} was not compacted for request {self.request_id}, whose leading "
                 "blocks are no longer its own."
             )
-        return self.freed[layer_name]
+        return int(self.freed[layer_name])
+
+
+class Readback:
+    """A request's counts on their way from the device; nobody waits for them."""
+
+    def __init__(self, request: WorkerRequest, block_size: int, device: torch.device) -> None:
+        self.request_id = request.request_id
+        self._layout, self._block_size = request.plan.layout, block_size
+        self._layers, self._untouched = len(request.freed), request.untouched
+        self._seconds = request.seconds
+        counts = torch.zeros(10, device=device)
+        counts[:9] += request.fates.flatten() if isinstance(request.fates, torch.Tensor) else 0
+        counts[9] += sum(request.freed.values())
+        self._counts = torch.empty(10, pin_memory=counts.is_cuda)
+        self._counts.copy_(counts, non_blocking=True)
+        self._event = torch.cuda.Event() if counts.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    @property
+    def arrived(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def report(self) -> RequestReport:
+        *fates, freed = self._counts.tolist()
+        entries = self._layers * self._layout.length - round(freed) * self._block_size
+        report = RequestReport(self._layers, entries, seconds=self._seconds)
+        report.count([fates[:3], fates[3:6], fates[6:]])
+        whole = [self._untouched * count for count in self._layout.counts]
+        report.count([whole, [0] * 3, [0] * 3])
+        return report
 
 
 @dataclass(frozen=True)
@@ -100,6 +154,12 @@ class Row:
         """Tokens ``[first, last)`` of this chunk whose queries the policy observes."""
         last = min(self.computed + self.scheduled, self.request.plan.end)
         return max(self.computed, self.request.plan.first_query), last
+
+    @property
+    def worked_on(self) -> bool:
+        """Whether the policy observes or compacts in this chunk."""
+        first, last = self.observed()
+        return self.compacts or first < last
 
 
 class PolicyWorker:
@@ -130,11 +190,14 @@ class PolicyWorker:
         # True from the start of a real step of runner V2 to its end: the batches of warm-up and
         # idle runs name slots too, but hold no requests.
         self.step_open = False
+        # On GPUs, what the layers of each attention group attend to.
+        self.tables: list[LayerTables] = []
         # Per request and layer what was kept, for inspection; None unless somebody asked.
         self.records: dict[str, dict[str, Any]] | None = None
         # Per request, blocks to copy where before they are rewritten in this step.
-        self.copies: dict[str, tuple[list[int], list[int]]] = {}
-        self._reported: list[WorkerRequest] = []
+        self.copies: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._compacted: dict[str, WorkerRequest] = {}
+        self._readbacks: list[Readback] = []
 
     def request(
         self, request_id: str, source: Any, angles: Callable[[int], torch.Tensor]
@@ -171,6 +234,16 @@ class PolicyWorker:
             if request_id in self.requests
         }
 
+    def take_slot(self, slot: int, request: WorkerRequest) -> None:
+        """A new or resumed request in ``slot`` of model runner V2; it has all its blocks."""
+        self.slots[slot] = request
+        for tables in self.tables:
+            tables.freed[slot].zero_()
+
+    def slots_in(self, req_idx: Sequence[int] | None) -> list[int]:
+        """Slots of the rows of a batch of model runner V2; none in a warm-up run."""
+        return [int(slot) for slot in req_idx] if self.step_open and req_idx is not None else []
+
     def rows(
         self, req_idx: Sequence[int] | None, query_start: list[int], seq_lens: list[int]
     ) -> list[Row]:
@@ -195,10 +268,22 @@ class PolicyWorker:
                 continue
             scheduled = query_start[index + 1] - query_start[index]
             row = Row(index, request, seq_lens[index] - scheduled, scheduled, query_start[index])
-            first, last = row.observed()
-            if row.compacted or row.compacts or first < last:
+            if row.compacted or row.worked_on:
                 rows.append(row)
         return rows
+
+    def works_on(
+        self, request_ids: Sequence[str], computed: Sequence[int], scheduled: Sequence[int]
+    ) -> bool:
+        """Whether some row of a batch is observed or compacted: ``scheduled`` tokens of each
+        request after ``computed`` ones."""
+        for request_id, before, tokens in zip(request_ids, computed, scheduled, strict=True):
+            request = self.requests.get(request_id)
+            if request is None or not request.plan.active:
+                continue
+            if Row(0, request, before, tokens, 0).worked_on:
+                return True
+        return False
 
     def after_attention(
         self,
@@ -223,50 +308,46 @@ class PolicyWorker:
         observes = index in request.observed and first < last
         compacts = row.compacts and plan.compacts(index)
         if row.compacts and layer_name in request.freed:  # once more, after a preemption
-            request.freed.clear()
-            request.report, request.fates = RequestReport(), 0.0
+            request.start_again()
         if row.compacts and request.request_id in self.copies:
             cache.copy(*self.copies[request.request_id])
-        if observes or compacts:
-            key, value = cache.read(last)
-            if observes:
-                offset = row.query_start - row.computed
-                rows = query[offset + first : offset + last]
-                self._observe(request, index, rows, key, first, scale)
-            if compacts:
-                self._compact(request, layer_name, index, key, value, cache)
-        if row.compacts and not compacts:
+        if observes:
+            offset = row.query_start - row.computed
+            rows = query[offset + first : offset + last]
+            self._observe(request, index, rows, cache, first, scale)
+        if compacts:
+            self._compact(request, layer_name, index, cache)
+        elif row.compacts:
             self._leave_alone(request, layer_name)
-        request.report.seconds += time.perf_counter() - started
+        request.seconds += time.perf_counter() - started
 
     def _observe(
         self,
         request: WorkerRequest,
         index: int,
         rows: torch.Tensor,
-        key: torch.Tensor,
+        cache: PagedKV,
         first: int,
         scale: float,
     ) -> None:
         """Add the attention of ``rows`` ``[n, H, D]``, which start at token ``first``."""
         plan = request.plan
-        scores = observed_attention(rows, key, first, scale, plan.policy.weights(plan.layout))
-        scores = torch.nn.functional.pad(scores, (0, plan.end - key.shape[1]))
-        if first > plan.first_query:
-            scores += request.scores[index]
-        request.scores[index] = scores
+        if first == plan.first_query:
+            heads = cache.num_kv_heads, plan.end
+            request.scores[index] = torch.zeros(heads, device=self.device)
+        weights = plan.policy.weights(plan.layout)
+        cache.observe(request.scores[index], rows, first, scale, weights)
 
     def _compact(
         self,
         request: WorkerRequest,
         layer_name: str,
         index: int,
-        key: torch.Tensor,
-        value: torch.Tensor,
         cache: PagedKV,
     ) -> None:
         assert request.prompt is not None
         plan, layer = request.plan, self._layer(index)
+        key, value = cache.read(plan.end)
         source = plan.policy.score_layer(layer)
         # A layer of FastV needs the scores of a lower one, and leaves them to the next.
         take = request.scores.pop if source == index else request.scores.__getitem__
@@ -276,7 +357,9 @@ class PolicyWorker:
             scores = key.new_zeros(key.shape[:2], dtype=torch.float32)
         if index == self.num_layers - 1:
             request.scores.clear()
-        done = plan.policy.compact(scores, key, value, request.prompt, layer, self.block_size)
+        done = plan.policy.compact(
+            scores, key, value, request.prompt, layer, self.block_size, wait=False
+        )
         if done.kept.freed_blocks < (plan.end - plan.entries[index]) // self.block_size:
             raise RuntimeError(
                 f"{layer_name} keeps more entries of request {request.request_id} than planned."
@@ -286,29 +369,28 @@ class PolicyWorker:
             record = _record(done)
             self.records.setdefault(request.request_id, {})[layer_name] = record
         request.fates = request.fates + done.kept.fates(request.prompt.modality)
-        self._count(request, layer_name, done.kept.freed_blocks)
+        self._count(request, layer_name, done.kept.all_freed)
 
     def _leave_alone(self, request: WorkerRequest, layer_name: str) -> None:
         """Count a layer that keeps everything."""
-        request.report.count([[*request.plan.layout.counts], [0] * 3, [0] * 3])
+        request.untouched += 1
         self._count(request, layer_name, 0)
 
-    def _count(self, request: WorkerRequest, layer_name: str, freed_blocks: int) -> None:
+    def _count(
+        self, request: WorkerRequest, layer_name: str, freed_blocks: int | torch.Tensor
+    ) -> None:
         request.freed[layer_name] = freed_blocks
-        if not request.report.layers:
-            self._reported.append(request)
-        request.report.layers += 1
-        request.report.entries += request.plan.end - freed_blocks * self.block_size
+        self._compacted[request.request_id] = request
 
-    def take_reports(self) -> dict[str, RequestReport]:
-        """Reports of the requests compacted since the last call; reads their counts from the
-        device, once per request."""
-        for request in self._reported:
-            if isinstance(request.fates, torch.Tensor):
-                request.report.count(request.fates.tolist())
-        reports = {request.request_id: request.report for request in self._reported}
-        self._reported = []
-        return reports
+    def take_compacted(self) -> tuple[set[str], dict[str, RequestReport]]:
+        """Ids of the requests compacted since the last call, and the reports that have arrived
+        from the device, of these and of earlier ones."""
+        for request in self._compacted.values():
+            self._readbacks.append(Readback(request, self.block_size, self.device))
+        compacted, self._compacted = {*self._compacted}, {}
+        arrived = [readback for readback in self._readbacks if readback.arrived]
+        self._readbacks = [one for one in self._readbacks if one not in arrived]
+        return compacted, {readback.request_id: readback.report() for readback in arrived}
 
 
 def _record(done: Compacted) -> dict[str, Any]:
@@ -318,11 +400,17 @@ def _record(done: Compacted) -> dict[str, Any]:
     if kept.merged is not None:
         merged = [kept.merged.modality[valid].tolist() for valid in kept.merged.valid]
     return {
-        "freed_blocks": kept.freed_blocks,
+        "freed_blocks": int(kept.all_freed),
         "video_weight": [] if weight is None else weight.tolist(),
         "tokens": [head.nonzero().flatten().tolist() for head in kept.tokens],
         "merged": merged,
     }
+
+
+def upload(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """``numbers`` as int64 on the device, without waiting for it."""
+    made = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
 
 
 _current: PolicyWorker | None = None

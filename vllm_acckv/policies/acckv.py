@@ -162,11 +162,10 @@ class AccKV(Policy):
         if self.redistribution == "off":
             return None
         floor = layout.text_start if self.redistribution == "visible" else 0
-
-        def factor(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            return (rows + 1).float() / (layout.length - columns.clamp(min=floor)).float()
-
-        return factor
+        return Weights(
+            rows=lambda rows: (rows + 1).float(),
+            columns=lambda columns: 1 / (layout.length - columns.clamp(min=floor)).float(),
+        )
 
     def select(
         self,

@@ -240,11 +240,19 @@ class Policy(pydantic.BaseModel):
         prompt: Prompt,
         layer: Layer,
         block_size: int,
+        wait: bool = True,
     ) -> Compacted:
-        """Select, round up to whole blocks and gather; arguments as for :meth:`select`."""
+        """Select, round up to whole blocks and gather; arguments as for :meth:`select`.
+
+        Args:
+            wait: read the number of entries from the device where it depends on the data. Without,
+                there are as many as :meth:`entries` allows, of which the first
+                ``kept.empty_blocks`` blocks hold nothing.
+        """
         # A broken activation must not spread: NaN is no attention at all.
         selection = self.select(scores.nan_to_num(), key, value, prompt, layer)
-        kept = align(selection, len(key), block_size, layer.ranks)
+        most = None if wait else self.entries(prompt.layout, layer)
+        kept = align(selection, len(key), block_size, layer.ranks, most)
         kept, key, value = self.fold(kept, key, value)
         return Compacted(*gather_kept(kept, key, value), kept, selection)
 

@@ -46,7 +46,10 @@ class H2O(Policy):
     def weights(self, layout: Layout) -> Weights | None:
         if not self.normalize:
             return None
-        return lambda rows, columns: 1 / (layout.length - columns).float()
+        return Weights(
+            rows=lambda rows: torch.ones_like(rows, dtype=torch.float32),
+            columns=lambda columns: 1 / (layout.length - columns).float(),
+        )
 
     def recent(self, size: int) -> int:
         """Entries of ``size`` that go to the latest tokens."""

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels against their PyTorch references, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read while the kernels are defined
+
+from vllm_acckv.kernels.paged import PagedCache
+from vllm_acckv.kernels.score import observe, observe_reference
+from vllm_acckv.kernels.tables import LayerTables
+from vllm_acckv.scores import Weights
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEAD_SIZES = (16, 24, 64)
+# Examples are small, but the interpreter is slow: no search for the smallest one that fails.
+PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-4}
+"""Products of bf16 numbers are exact in fp32; what differs is the order of the sums."""
+
+
+def paged(
+    length: int, heads: int, head_size: int, block: int, dtype: torch.dtype, seed: int
+) -> PagedCache:
+    """A cache with the request's blocks in random order among others."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = -(-length // block)
+    number = needed + 3
+    blocks = torch.randn(number, heads, block, 2 * head_size, generator=generator).to(dtype)
+    if seed % 2:  # vLLM's other layout: slots in front of heads
+        blocks = blocks.transpose(1, 2).contiguous().transpose(1, 2)
+    table = torch.randperm(number, generator=generator)[:needed].to(torch.int32)
+    return PagedCache(blocks.to(DEVICE), table.to(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True, phases=PHASES)
+@hypothesis.given(
+    before=st.integers(0, 150),
+    tokens=st.integers(1, 40),
+    behind=st.integers(0, 20),
+    kv_heads=st.integers(1, 8),
+    group=st.integers(1, 7),
+    head_size=st.sampled_from(HEAD_SIZES),
+    block=st.sampled_from([16, 32, 128]),
+    weighted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_observed_attention(
+    dtype: torch.dtype,
+    before: int,
+    tokens: int,
+    behind: int,
+    kv_heads: int,
+    group: int,
+    head_size: int,
+    block: int,
+    weighted: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    cache = paged(before + tokens, kv_heads, head_size, block, dtype, seed)
+    # Queries come as part of a fused projection.
+    fused = torch.randn(tokens, kv_heads * group + 3, head_size).to(DEVICE, dtype)
+    query = fused[:, : kv_heads * group]
+    scores = torch.rand(kv_heads, before + tokens + behind, device=DEVICE)
+    weights = None
+    if weighted:
+        weights = Weights(lambda rows: (rows + 1).float(), lambda columns: 1 / (columns + 2.0))
+    expected = scores.clone()
+    observe_reference(expected, query, cache, before, head_size**-0.5, weights)
+    observe(scores, query, cache, before, head_size**-0.5, weights)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(scores, expected, rtol=tolerance, atol=tolerance)
+
+
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True, phases=PHASES)
+@hypothesis.given(
+    layers=st.integers(1, 5),
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6),
+    padding=st.integers(0, 2),
+    block=st.sampled_from([16, 32]),
+    data=st.data(),
+)
+def test_layer_tables(
+    layers: int, lengths: list[int], padding: int, block: int, data: st.DataObject
+) -> None:
+    """In what a layer may look at, the kernel's tables equal the reference's."""
+    slots, columns, rows = 9, 300 // 16 + 2, len(lengths) + padding
+    made = [LayerTables(layers, slots, columns, block, DEVICE) for _ in range(2)]
+    of_rows = data.draw(st.permutations(range(slots)))[: len(lengths)]
+    for slot, length in zip(of_rows, lengths, strict=True):
+        most = st.integers(0, (length - 1) // block)
+        freed = data.draw(st.lists(most, min_size=layers, max_size=layers))
+        for tables in made:
+            tables.freed[slot] = torch.tensor(freed, dtype=torch.int32)
+    table = torch.arange(rows * columns, dtype=torch.int32, device=DEVICE).view(rows, columns)
+    seen = torch.tensor([*lengths, *[0] * padding], dtype=torch.int32, device=DEVICE)
+    which = torch.tensor(of_rows, device=DEVICE)
+    made[0].refresh(table, seen, which)
+    made[1].refresh_reference(table, seen, which)
+    ours, reference = made
+    torch.testing.assert_close(ours.lengths, reference.lengths)
+    torch.testing.assert_close(ours.longest, reference.longest)
+    used = -(-ours.lengths[:, :rows] // block)
+    looked_at = torch.arange(columns, device=DEVICE) < used[..., None]
+    theirs = reference.blocks[:, :rows]
+    assert torch.equal(ours.blocks[:, :rows][looked_at], theirs[looked_at])
+    for layer in range(layers):
+        for row, (slot, length) in enumerate(zip(of_rows, lengths, strict=True)):
+            first = int(ours.freed[slot, layer])
+            assert ours.lengths[layer, row] == length - first * block
+            whole = table[row, first : -(-length // block)]
+            assert torch.equal(ours.blocks[layer, row, : len(whole)], whole)
