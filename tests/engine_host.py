@@ -89,6 +89,12 @@ class Host:
         worker = self.engine.model_executor.driver_worker.worker
         return [base.__module__ for base in type(worker.model_runner).__mro__]
 
+    def attention(self) -> list[str]:
+        """Class of each decoder layer's attention."""
+        runner = self.engine.model_executor.driver_worker.worker.model_runner
+        layers = runner.vllm_config.compilation_config.static_forward_context.values()
+        return [type(layer.impl).__name__ for layer in layers if hasattr(layer, "kv_cache")]
+
     def leftovers(self) -> dict[str, int]:
         """Sizes of what scheduler and connector remember of requests."""
         connector = self.scheduler.connector

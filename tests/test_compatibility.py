@@ -66,6 +66,7 @@ class Config(SimpleNamespace):
         }
         super().__init__(
             speculative_config=changed.pop("speculative_config", None),
+            use_v2_model_runner=False,
             **{
                 name: SimpleNamespace(
                     **{key: changed.pop(key, value) for key, value in part.items()}
@@ -79,6 +80,11 @@ class Config(SimpleNamespace):
 def serve(**changed: Any) -> Callable[[pytest.MonkeyPatch], None]:
     """Start-up with a configuration."""
     return lambda patch: supported.check_supported(Config(**changed), ACCKV)
+
+
+def serve_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(supported, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    serve()(patch)
 
 
 def prepare(**changed: Any) -> Callable[[pytest.MonkeyPatch], None]:
@@ -95,7 +101,7 @@ def prepare(**changed: Any) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def prepare_elsewhere(patch: pytest.MonkeyPatch) -> None:
-    platform = SimpleNamespace(is_cpu=lambda: False, device_name="NVIDIA H200")
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="TPU v5")
     patch.setattr(startup, "current_platform", platform)
     prepare()(patch)
 
@@ -151,7 +157,7 @@ class LookingUp(Recent):
 
 # Name of a row -> the least that makes it refuse.
 CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "a platform other than CPU": prepare_elsewhere,
+    "a platform other than CPU and CUDA": prepare_elsewhere,
     "KV transfer and offloading (--kv-transfer-config)": prepare(kv_offloading_size=1.0),
     "--worker-extension-cls": prepare(worker_extension_cls="my.Extension"),
     "Another plugin replaced the attention backend": activate_beside_another_plugin,
@@ -159,6 +165,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         speculative_config=SimpleNamespace(method="eagle")
     ),
     "--kv-cache-dtype": serve(cache_dtype="fp8_e4m3"),
+    "model runner V1 on a GPU": serve_on_a_gpu,
     "decode context parallelism": serve(decode_context_parallel_size=2),
     "prefill context parallelism": serve(prefill_context_parallel_size=2),
     "dual-batch overlap (--enable-dbo)": serve(enable_dbo=True),

@@ -4,26 +4,86 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.conftest import Media, Reference
-from tests.engines import RUNNER_V2, Engine
-from tests.test_engine_parity import LAYOUTS, asks, assert_matches
+from tests.conftest import BLOCK_SIZE, LONG_QUESTION, Media, Reference
+from tests.engines import RUNNER_V2, Ask, Engine, Trace
+from tests.reference import naive_acckv
+from tests.test_engine_parity import assert_matches
 
-PAIRS = [(0.2, 0.6), (0.1, 0.9)]
+POLICY = {"additional_config": {"kv_policy": "acckv"}, "enable_prefix_caching": True}
+CHUNK = 100
+"""Tokens per step: trailing text is split, and other rows decode beside it."""
 
 
 @pytest.fixture(scope="module")
 def triton(start_engine: Callable[..., Engine]) -> Engine:
-    return start_engine(RUNNER_V2, additional_config={"kv_policy": "acckv"}, triton_attention=True)
+    return start_engine(RUNNER_V2, **POLICY, max_num_batched_tokens=CHUNK, triton_attention=True)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_triton_attention(triton: Engine, media: Media, reference: Reference, layout: str) -> None:
-    requests = asks(media, layout, "What happens in the clip?", PAIRS)
-    for request in requests:
-        request.max_tokens = 5
-    trace = triton.run(*requests)
-    assert_matches(trace, requests, reference)
+@pytest.fixture(scope="module")
+def cpu(start_engine: Callable[..., Engine]) -> Engine:
+    return start_engine({}, **POLICY, max_num_batched_tokens=CHUNK)
+
+
+def assert_same(trace: Trace, other: Trace) -> None:
+    for answer, expected in zip(trace.answers, other.answers, strict=True):
+        assert answer.tokens == expected.tokens
+        seen = np.isfinite(answer.logprobs) & np.isfinite(expected.logprobs)
+        assert np.abs(answer.logprobs[seen] - expected.logprobs[seen]).max() < 1e-3
+    assert trace.kept == expected_kept(other)
     assert trace.free_before == trace.free_after
+    for name in ("compactions", "freed_blocks", "entries", "tokens/video/kept"):
+        assert trace.counters.get(name) == pytest.approx(other.counters.get(name))
+
+
+def expected_kept(trace: Trace) -> dict[str, Any]:
+    """What was kept, with the weights of another order of sums."""
+    for layers in trace.kept.values():
+        for layer in layers.values():
+            layer["video_weight"] = pytest.approx(layer["video_weight"], abs=1e-4)
+    return trace.kept
+
+
+def test_the_backend_is_in_use(triton: Engine) -> None:
+    assert triton.call("attention") == ["KVPolicyTritonAttentionImpl"] * 4
+
+
+@pytest.mark.parametrize("layout", ["separate", "interleaved"])
+def test_parity(triton: Engine, media: Media, reference: Reference, layout: str) -> None:
+    """Against transformers; tau empties more blocks than planned, of each layer as many as fit."""
+    clip = getattr(media, layout)
+    xargs = {"kv_budget": 0.5, "kv_tau": 0.9}
+    asks = [clip(question=LONG_QUESTION, xargs=xargs, max_tokens=4)]
+    trace = triton.run(*asks)
+    assert_matches(trace, asks, reference)
+    modality = reference.modality(trace.answers[0].prompt)
+    _, planned, _ = naive_acckv.naive_plan(modality, 0.5, BLOCK_SIZE)
+    assert max(layer["freed_blocks"] for layer in trace.kept["r0"].values()) > planned
+    assert trace.free_before == trace.free_after
+
+
+def test_a_batch(triton: Engine, cpu: Engine, media: Media) -> None:
+    """Policies side by side, rows in prefill beside compacted ones, all preempted in the middle;
+    then again with prefix-cache hits. The same as with the attention backend for CPUs."""
+
+    def ask(xargs: dict[str, Any], question: str = "What happens in the clip?") -> Ask:
+        return media.separate(question=question, xargs=xargs, max_tokens=4)
+
+    asks = [
+        ask({"kv_tau": 0.9, "kv_budget": 0.1}),
+        ask({"kv_policy": "full"}),
+        ask({"kv_policy": "snapkv"}, LONG_QUESTION),
+        ask({"kv_policy_config": '{"head_mode": "head"}'}),
+    ]
+    # Which forgets what earlier tests left in the prefix cache.
+    options: dict[str, Any] = {"arrive": [0, 0, 2, 3], "preempt_at": 4}
+    assert_same(triton.run(*asks, **options), cpu.run(*asks, **options))
+    again, expected = triton.run(*asks[:2]), cpu.run(*asks[:2])
+    assert_same(again, expected)
+    cached = [answer.cached for answer in again.answers]
+    assert cached == [answer.cached for answer in expected.answers]
+    assert min(cached) > 0

@@ -36,7 +36,7 @@ def on_meta(sample: Sample) -> Sample:
 
 
 def reads_a_count(policy: Policy) -> bool:
-    """AccKV's filter decides how many entries there are; block tables are made on the host."""
+    """AccKV's filter decides how many entries there are; who needs exactly those must wait."""
     return bool(getattr(policy, "calibration", False))
 
 
@@ -88,15 +88,14 @@ def test_nothing_is_read_from_the_device(case: Case) -> None:
     for sample in map(on_meta, samples()):
         scores = sample.scores(policy)
         assert scores.is_meta
-        if reads_a_count(policy):
-            assert sample.select(policy, scores).keep.is_meta
-            continue
         for block_size in BLOCK_SIZES:
-            done = sample.compact(policy, scores, block_size)
+            done = sample.compact(policy, scores, block_size, wait=False)
             entries = policy.entries(sample.layout, LAYER)
             freed = (sample.layout.length - entries) // block_size * block_size
             assert done.key.is_meta and done.positions.is_meta
             assert done.key.shape[1] == sample.layout.length - freed
+            on_device = isinstance(done.kept.empty_blocks, torch.Tensor)
+            assert on_device == (reads_a_count(policy) and bool(freed or block_size == 1))
 
 
 @over_cases
@@ -119,6 +118,28 @@ def test_acckv_reads_one_number_of_entries(case: Case) -> None:
             with Reads() as reads:
                 sample.compact(policy, sample.scores(policy), block_size)
             assert (reads.scalars, reads.shapes) == (1, [])
+
+
+@over_cases
+def test_the_same_is_kept_without_waiting(case: Case) -> None:
+    policy = made(case)
+    for sample in samples():
+        scores = sample.scores(policy)
+        for block_size in BLOCK_SIZES[1:]:
+            waited = sample.compact(policy, scores, block_size)
+            done = sample.compact(policy, scores, block_size, wait=False)
+            if done.kept.freed_blocks == 0:
+                continue  # vLLM leaves a layer alone that is planned to free nothing
+            assert int(done.kept.all_freed) == waited.kept.freed_blocks
+            empty = int(done.kept.empty_blocks) * block_size
+            assert (done.positions[:, :empty] == -1).all()
+            for ours, expected in (
+                (done.positions, waited.positions),
+                (done.key, waited.key),
+                (done.value, waited.value),
+            ):
+                assert torch.equal(ours[:, empty:], expected)
+            assert torch.equal(done.kept.tokens, waited.kept.tokens)
 
 
 def test_these_tests_notice_a_read() -> None:

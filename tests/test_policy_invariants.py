@@ -164,8 +164,11 @@ class Sample:
         scores = self.scores(policy) if scores is None else scores
         return policy.select(scores, self.keys, self.values, self.prompt, LAYER)
 
-    def compact(self, policy: Policy, scores: torch.Tensor, block_size: int = 1) -> Compacted:
-        return policy.compact(scores, self.keys, self.values, self.prompt, LAYER, block_size)
+    def compact(
+        self, policy: Policy, scores: torch.Tensor, block_size: int = 1, wait: bool = True
+    ) -> Compacted:
+        states = (scores, self.keys, self.values)
+        return policy.compact(*states, self.prompt, LAYER, block_size, wait)
 
     def compress(self, policy: Policy, **options: Any) -> Compressed:
         defaults = {"layer": LAYER.index, "num_layers": LAYER.count, "angles": self.angles}

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vllm.platforms import current_platform
+
 from vllm_acckv.config import KVPolicyError
 from vllm_acckv.engine import compat
 from vllm_acckv.policies.base import Layer, Policy
@@ -85,6 +87,11 @@ OPTIONS = (
         lambda config: config.cache_config.cache_dtype not in PLAIN_CACHES,
         value=lambda config: f" {config.cache_config.cache_dtype}",
         which=f"every dtype but {', '.join(f'`{dtype}`' for dtype in PLAIN_CACHES)}",
+    ),
+    Refusal(
+        "model runner V1 on a GPU",
+        "only V2 tells which slot of its tables a batch row is",
+        lambda config: not (current_platform.is_cpu() or config.use_v2_model_runner),
     ),
     Refusal(
         "decode context parallelism",
@@ -290,6 +297,7 @@ SUPPORTED = (
         "speculative decoding by method `ngram`",
         "test_engine_speculative.py::test_hazard_14_rejected_drafts_after_compaction",
     ),
+    Supported("attention backend `TRITON_ATTN`", "test_engine_gpu_attention.py::test_a_batch"),
     Supported("LoRA", "test_engine_lora.py::test_lora_rows_beside_rows_without"),
     Supported("structured output", "test_engine_features.py::test_structured_outputs"),
     Supported(
@@ -340,7 +348,8 @@ def table() -> str:
         "# Compatibility",
         "",
         "Printed by `python -m vllm_acckv.engine.supported` from the rows that refuse.",
-        f"vLLM {compat.SUPPORTED_VLLM}, on its CPU backend. What stands in no table is untested.",
+        f"vLLM {compat.SUPPORTED_VLLM}. What stands in no table is untested. The tests run on CPU;",
+        "the attention backends for GPUs run there in Triton's interpreter, and on no GPU yet.",
         "",
         "## Works",
         "",
