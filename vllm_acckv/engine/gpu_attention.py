@@ -269,6 +269,12 @@ class KVPolicyFlashAttentionBackend(_BackendMixin, FlashAttentionBackend):
 class KVPolicyTritonAttentionMetadataBuilder(_BuilderMixin, TritonAttentionMetadataBuilder):
     metadata_cls = KVPolicyTritonAttentionMetadata
 
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        # As stock does with its lengths: capture would be slow with long ones.
+        metadata.step.tables.lengths[:, : common_attn_metadata.num_reqs].fill_(1)
+        return metadata
+
 
 class KVPolicyTritonAttentionImpl(_ImplMixin, TritonAttentionImpl):
     pass

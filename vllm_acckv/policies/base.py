@@ -80,7 +80,10 @@ class Prompt:
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device, angles: torch.Tensor | None = None) -> Prompt:
-        return cls(layout, torch.from_numpy(layout.modalities).to(device), angles)
+        modality = torch.from_numpy(layout.modalities)
+        if device.type == "cuda":
+            modality = modality.pin_memory()
+        return cls(layout, modality.to(device, non_blocking=True), angles)
 
 
 @dataclass(frozen=True)
