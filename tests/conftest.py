@@ -14,9 +14,20 @@ import pytest
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"})
 
+import torch
+
 from vllm_acckv import cpu_media
 
 cpu_media.fix()
+
+if not torch.cuda.is_available():
+    # Triton decides while functions are defined, its own library's included, whether they will be
+    # interpreted; so before vLLM imports it. Engines make their own choice.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import vllm_acckv.kernels.score
+    import vllm_acckv.kernels.tables  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 from tests.engines import RUNNER_V2, WITHOUT_PLUGIN, Answer, Ask, Engine  # noqa: E402
 from vllm_acckv.tools import clips, tiny_model  # noqa: E402

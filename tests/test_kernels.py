@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read while the kernels are defined
-
 from vllm_acckv.kernels.paged import PagedCache
 from vllm_acckv.kernels.score import observe, observe_reference
 from vllm_acckv.kernels.tables import LayerTables
 from vllm_acckv.scores import Weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    """Where there is no GPU; Triton asks again when kernels run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEAD_SIZES = (16, 24, 64)

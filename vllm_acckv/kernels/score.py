@@ -19,6 +19,8 @@ _LOG2_E = 1.4426950408889634
 _PROGRAMS = 256
 _MAX_SPLITS = 64
 _ROWS, _COLUMNS = 64, 64
+# Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
+_UPCAST = triton.knobs.runtime.interpret
 
 
 def observe_reference(
@@ -195,8 +197,7 @@ def observe(
         "BLOCK": cache.block_size,
         "ROWS": _ROWS,
         "COLUMNS": _COLUMNS,
-        # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
-        "UPCAST": triton.knobs.runtime.interpret,
+        "UPCAST": _UPCAST,
     }
     _log_sums[(row_tiles, cache.num_kv_heads, splits)](
         query, cache.blocks, cache.table, maxima, sums, num_rows, num_columns, split_columns,
