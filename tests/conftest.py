@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +26,10 @@ if not torch.cuda.is_available():
     # Triton decides while functions are defined, its own library's included, whether they will be
     # interpreted; so before vLLM imports it. Engines make their own choice.
     os.environ["TRITON_INTERPRET"] = "1"
-    import vllm_acckv.kernels.score
-    import vllm_acckv.kernels.tables  # noqa: F401
+    from vllm_acckv import kernels
 
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
     del os.environ["TRITON_INTERPRET"]
 
 from tests.engines import RUNNER_V2, WITHOUT_PLUGIN, Answer, Ask, Engine  # noqa: E402

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
+from vllm_acckv.kernels.move import move, move_reference
 from vllm_acckv.kernels.paged import PagedCache
 from vllm_acckv.kernels.score import observe, observe_reference
 from vllm_acckv.kernels.tables import LayerTables
@@ -126,3 +127,53 @@ def test_layer_tables(
             assert ours.lengths[layer, row] == length - first * block
             whole = table[row, first : -(-length // block)]
             assert torch.equal(ours.blocks[layer, row, : len(whole)], whole)
+
+
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True, phases=PHASES)
+@hypothesis.given(
+    length=st.integers(2, 260),
+    kept=st.integers(1, 260),
+    empty=st.integers(0, 40),
+    merged=st.integers(0, 2),
+    kv_heads=st.integers(1, 8),
+    head_size=st.sampled_from(HEAD_SIZES),
+    block=st.sampled_from([16, 32, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_move(
+    length: int,
+    kept: int,
+    empty: int,
+    merged: int,
+    kv_heads: int,
+    head_size: int,
+    block: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Bit by bit: what belongs to the entries, and that nothing else in the cache changes."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = min(kept, length - 1)  # a merged entry stands for a token that is gone
+    merged = min(merged, length - kept)
+    sources = []
+    for _ in range(kv_heads):
+        order = torch.randperm(length, generator=generator)
+        # Twice the token, plus 1 for a merged entry that stands behind its last token.
+        places = torch.cat([2 * order[:kept], 2 * order[kept : kept + merged] + 1])
+        which = torch.cat([order[:kept], length + torch.arange(merged)])
+        sources.append(which[places.argsort()])
+    front = torch.full((kv_heads, min(empty, length - kept - merged)), -1)
+    rows = torch.cat([front, torch.stack(sources)], 1).to(DEVICE, torch.int32)
+    cache = paged(length, kv_heads, head_size, block, dtype, seed)
+    entries = torch.randn(kv_heads, merged, 2 * head_size, generator=generator)
+    entries = entries.to(DEVICE, dtype)
+    expected = PagedCache(cache.blocks.clone(), cache.table)
+    before = cache.rows(length)
+    move_reference(expected, rows, length, entries if merged else None)
+    move(cache, rows, length, entries if merged else None)
+    assert torch.equal(cache.blocks, expected.blocks)
+    everything = torch.cat([before, entries], 1)
+    for head in range(kv_heads):
+        moved = cache.rows(length)[head, length - kept - merged :]
+        assert torch.equal(moved, everything[head, sources[head].to(DEVICE)])

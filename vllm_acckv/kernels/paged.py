@@ -33,9 +33,18 @@ class PagedCache:
     def head_size(self) -> int:
         return self.blocks.shape[3] // 2
 
+    def rows(self, length: int) -> torch.Tensor:
+        """Keys and values side by side, ``[G, length, 2 * D]`` of slots ``0 .. length-1``."""
+        blocks = self.blocks[self.table[: -(-length // self.block_size)].long()]
+        return blocks.movedim(1, 0).flatten(1, 2)[:, :length]
+
     def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[G, length, D]`` of slots ``0 .. length-1``, copied."""
-        blocks = self.blocks[self.table[: -(-length // self.block_size)].long()]
-        rows = blocks.movedim(1, 0).flatten(1, 2)[:, :length]
-        key, value = rows.split(self.head_size, dim=-1)
+        key, value = self.rows(length).split(self.head_size, dim=-1)
         return key, value
+
+    def write(self, first_slot: int, rows: torch.Tensor) -> None:
+        """Store ``[G, n, 2 * D]`` into slots ``first_slot .. first_slot+n-1``."""
+        slots = first_slot + torch.arange(rows.shape[1], device=rows.device)
+        blocks = self.table[slots // self.block_size].long()
+        self.blocks[blocks, :, slots % self.block_size] = rows.transpose(0, 1)
