@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's bookkeeping, without an engine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_acckv.engine import runners
+from vllm_acckv.engine.worker import PolicyWorker, WorkerRequest, set_current_worker
+from vllm_acckv.kernels.tables import LayerTables
+from vllm_acckv.plan import Plan, make_plan
+from vllm_acckv.policies import make_policy
+from vllm_acckv.selection import SingleRank
+from vllm_acckv.spans import TEXT, VIDEO
+
+PROMPT = np.array([VIDEO] * 90 + [TEXT] * 10, dtype=np.int8)
+
+
+def request(name: str, plan: Plan) -> WorkerRequest:
+    return WorkerRequest(name, object(), plan, None, frozenset())
+
+
+@pytest.fixture
+def worker() -> PolicyWorker:
+    policy, device = make_policy("acckv"), torch.device("cpu")
+    made = PolicyWorker(policy, 16, 2, device, SingleRank(), None, has_angles=False)  # type: ignore[arg-type]
+    made.requests = {
+        "clip": request("clip", make_plan(PROMPT, policy, 16, 2)),
+        "text": request("text", make_plan(PROMPT[90:], policy, 16, 2)),
+    }
+    return made
+
+
+@pytest.mark.parametrize(
+    ("computed", "scheduled", "work"),
+    [
+        ([0, 0], [90, 10], False),  # in front of the observed rows
+        ([89, 0], [2, 10], True),
+        ([90, 10], [1, 1], True),  # one token in the middle of them
+        ([99, 10], [1, 1], True),  # the last one, alone in its chunk
+        ([100, 10], [1, 1], False),
+    ],
+)
+def test_hazard_4_steps_with_work_are_no_decodes(
+    worker: PolicyWorker, computed: list[int], scheduled: list[int], work: bool
+) -> None:
+    """vLLM runs chunks of one token inside a FULL CUDA graph, which skips our code."""
+
+    class State(NamedTuple):
+        req_ids: list[str]
+        num_scheduled_tokens: np.ndarray
+        num_computed_prefill_tokens_np: np.ndarray
+        has_prefill: bool
+        decode_graph_eligible: bool
+
+    state = State(["clip", "text"], np.array(scheduled), np.array(computed), True, True)
+    gather = runners._with_whole_graphs_for_decodes(lambda *_: (state, 1))
+    set_current_worker(worker)
+    try:
+        found, uniform_token_count = gather(None, None, False)
+    finally:
+        set_current_worker(None)
+    assert (found.decode_graph_eligible, uniform_token_count) == (not work, None if work else 1)
+    assert gather(None, None, False) == (state, 1)  # without a policy
+
+
+def test_a_slot_starts_with_all_blocks(worker: PolicyWorker) -> None:
+    tables = LayerTables(2, 3, 8, 16, torch.device("cpu"))
+    tables.freed.fill_(4)
+    worker.tables.append(tables)
+    worker.take_slot(1, worker.requests["clip"])
+    assert tables.freed.tolist() == [[4, 4], [0, 0], [4, 4]]
+    assert worker.slots_in(np.array([1, 0])) == []  # a warm-up run
+    worker.step_open = True
+    assert worker.slots_in(np.array([1, 0])) == [1, 0]
