@@ -20,8 +20,8 @@ class Host:
 
         if sabotage := options.pop("sabotage", None):
             _disable(sabotage)
-        if options.pop("triton_attention", False):
-            _attend_in_triton("additional_config" in options)
+        if backend := options.pop("gpu_backend", None):
+            _attend_with(backend, "additional_config" in options)
         self.log: list[str] = []
         options = {
             "dtype": "float32",
@@ -288,19 +288,23 @@ def _disable(target: str) -> None:
     setattr(owner, name, staticmethod(lambda *args: args[-1] if args else None))
 
 
-def _attend_in_triton(policy: bool) -> None:
-    """Replace the attention backend for CPUs by the one that runs on GPUs, in the interpreter."""
+def _attend_with(name: str, policy: bool) -> None:
+    """Replace the attention backend for CPUs by one for GPUs: Triton's in the interpreter,
+    FlashAttention's with its functions in PyTorch."""
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    from tests import flash_attention
     from vllm_acckv.engine import startup
 
-    torch.cuda.get_device_capability = lambda *_: (9, 0)  # asked by vLLM's kernel
-    backend = AttentionBackendEnum.CPU_ATTN
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # asked by vLLM's Triton kernel
+    if name == "FLASH_ATTN":
+        flash_attention.install()
+    replaced, backend = AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum[name]
     if policy:
-        startup.BACKENDS[backend] = startup.BACKENDS[AttentionBackendEnum.TRITON_ATTN]
+        startup.BACKENDS[replaced] = startup.BACKENDS[backend]
     else:
-        register_backend(backend, AttentionBackendEnum.TRITON_ATTN.get_path())
+        register_backend(replaced, backend.get_path())
 
 
 def _by_name(by_id: dict[str, Any]) -> dict[str, Any]:

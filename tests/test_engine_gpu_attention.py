@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention backends for GPUs, in Triton's interpreter: few and short requests."""
+"""The attention backends for GPUs, on CPU: TRITON_ATTN in Triton's interpreter, so requests are few
+and short, FLASH_ATTN with PyTorch in place of its kernels."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ CHUNK = 100
 
 
 @pytest.fixture(scope="module")
-def triton(start_engine: Callable[..., Engine]) -> Engine:
-    return start_engine(RUNNER_V2, **POLICY, max_num_batched_tokens=CHUNK, triton_attention=True)
+def on_gpu_backend(start_engine: Callable[..., Engine]) -> Callable[[str], Engine]:
+    def start(backend: str) -> Engine:
+        return start_engine(RUNNER_V2, **POLICY, max_num_batched_tokens=CHUNK, gpu_backend=backend)
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +52,30 @@ def expected_kept(trace: Trace) -> dict[str, Any]:
     return trace.kept
 
 
-def test_the_backend_is_in_use(triton: Engine) -> None:
-    assert triton.call("attention") == ["KVPolicyTritonAttentionImpl"] * 4
+IMPLEMENTATIONS = {
+    "FLASH_ATTN": "KVPolicyFlashAttentionImpl",
+    "TRITON_ATTN": "KVPolicyTritonAttentionImpl",
+}
 
 
-@pytest.mark.parametrize("layout", ["separate", "interleaved"])
-def test_parity(triton: Engine, media: Media, reference: Reference, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    [("FLASH_ATTN", "separate"), ("FLASH_ATTN", "interleaved"), ("TRITON_ATTN", "separate")],
+)
+def test_parity(
+    on_gpu_backend: Callable[[str], Engine],
+    media: Media,
+    reference: Reference,
+    backend: str,
+    layout: str,
+) -> None:
     """Against transformers; tau empties more blocks than planned, of each layer as many as fit."""
+    engine = on_gpu_backend(backend)
+    assert engine.call("attention") == [IMPLEMENTATIONS[backend]] * 4
     clip = getattr(media, layout)
     xargs = {"kv_budget": 0.5, "kv_tau": 0.9}
     asks = [clip(question=LONG_QUESTION, xargs=xargs, max_tokens=4)]
-    trace = triton.run(*asks)
+    trace = engine.run(*asks)
     assert_matches(trace, asks, reference)
     modality = reference.modality(trace.answers[0].prompt)
     _, planned, _ = naive_acckv.naive_plan(modality, 0.5, BLOCK_SIZE)
@@ -66,7 +83,7 @@ def test_parity(triton: Engine, media: Media, reference: Reference, layout: str)
     assert trace.free_before == trace.free_after
 
 
-def test_a_batch(triton: Engine, cpu: Engine, media: Media) -> None:
+def test_a_batch(on_gpu_backend: Callable[[str], Engine], cpu: Engine, media: Media) -> None:
     """Policies side by side, rows in prefill beside compacted ones, all preempted in the middle;
     then again with prefix-cache hits. The same as with the attention backend for CPUs."""
 
@@ -79,10 +96,11 @@ def test_a_batch(triton: Engine, cpu: Engine, media: Media) -> None:
         ask({"kv_policy": "snapkv"}, LONG_QUESTION),
         ask({"kv_policy_config": '{"head_mode": "head"}'}),
     ]
+    gpu = on_gpu_backend("FLASH_ATTN")
     # Which forgets what earlier tests left in the prefix cache.
     options: dict[str, Any] = {"arrive": [0, 0, 2, 3], "preempt_at": 4}
-    assert_same(triton.run(*asks, **options), cpu.run(*asks, **options))
-    again, expected = triton.run(*asks[:2]), cpu.run(*asks[:2])
+    assert_same(gpu.run(*asks, **options), cpu.run(*asks, **options))
+    again, expected = gpu.run(*asks[:2]), cpu.run(*asks[:2])
     assert_same(again, expected)
     cached = [answer.cached for answer in again.answers]
     assert cached == [answer.cached for answer in expected.answers]

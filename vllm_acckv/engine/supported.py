@@ -297,7 +297,10 @@ SUPPORTED = (
         "speculative decoding by method `ngram`",
         "test_engine_speculative.py::test_hazard_14_rejected_drafts_after_compaction",
     ),
-    Supported("attention backend `TRITON_ATTN`", "test_engine_gpu_attention.py::test_a_batch"),
+    Supported(
+        "attention backends `FLASH_ATTN` and `TRITON_ATTN`, on no GPU yet",
+        "test_engine_gpu_attention.py::test_parity",
+    ),
     Supported("LoRA", "test_engine_lora.py::test_lora_rows_beside_rows_without"),
     Supported("structured output", "test_engine_features.py::test_structured_outputs"),
     Supported(
@@ -348,8 +351,8 @@ def table() -> str:
         "# Compatibility",
         "",
         "Printed by `python -m vllm_acckv.engine.supported` from the rows that refuse.",
-        f"vLLM {compat.SUPPORTED_VLLM}. What stands in no table is untested. The tests run on CPU;",
-        "the attention backends for GPUs run there in Triton's interpreter, and on no GPU yet.",
+        f"vLLM {compat.SUPPORTED_VLLM}. What stands in no table is untested. The tests run on CPU,",
+        "those of the attention backends for GPUs, too: [gpu.md](gpu.md).",
         "",
         "## Works",
         "",
