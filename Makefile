@@ -4,6 +4,7 @@
 #   EXTRA=cuda make setup         the same for CUDA
 #   make demo                     serve a tiny model, compare AccKV with the full cache
 #   make test                     linters, types, tests
+#   make gpu-check                kernels and engines on this machine's GPU: are they right?
 #   make oracles                  the environment of kvpress, which the tests compare with
 #   make clean                    remove what these leave behind, except the environments
 #
@@ -22,7 +23,7 @@ EXTRA ?= $(or $(patsubst $(VENV)/.setup-%,%,$(firstword $(MADE))),cpu)
 STAMP := $(VENV)/.setup-$(EXTRA)
 KVPRESS := .venv-kvpress
 
-.PHONY: setup oracles demo test clean
+.PHONY: setup oracles demo test gpu-check clean
 
 setup: $(STAMP)
 
@@ -50,6 +51,9 @@ test: setup oracles
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py --output docs/results-gpu.json
 
 clean:
 	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -177,3 +182,18 @@ def test_move(
     for head in range(kv_heads):
         moved = cache.rows(length)[head, length - kept - merged :]
         assert torch.equal(moved, everything[head, sources[head].to(DEVICE)])
+
+
+def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
+    """``make gpu-check`` compares small kernels, in the interpreter, and says so."""
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
+    command = [sys.executable, str(script), "--output", str(tmp_path / "results.json")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("no GPU, Triton's interpreter\n")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {check["what"] for check in results["checks"]} == {
+        "observed attention",
+        "entries moved in place",
+    }
+    assert all(check["passed"] for check in results["checks"])
