@@ -119,8 +119,8 @@ class _BuilderMixin:
         fast_build: bool = False,
     ) -> Any:
         worker, common = current_worker(), common_attn_metadata
-        if worker is None:
-            raise RuntimeError("The KV policy's attention backend runs without a KV policy.")
+        if worker is None:  # vLLM measures memory before there are requests or a connector
+            return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
         tables = self._tables_for(worker, common.block_table_tensor.shape[1])
         slots = worker.slots_in(common.req_idx)
         tables.refresh(common.block_table_tensor, common.seq_lens, upload(slots, self.device))
@@ -271,8 +271,9 @@ class KVPolicyTritonAttentionMetadataBuilder(_BuilderMixin, TritonAttentionMetad
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
-        # As stock does with its lengths: capture would be slow with long ones.
-        metadata.step.tables.lengths[:, : common_attn_metadata.num_reqs].fill_(1)
+        if (step := getattr(metadata, "step", None)) is not None:
+            # As stock does with its lengths: capture would be slow with long ones.
+            step.tables.lengths[:, : common_attn_metadata.num_reqs].fill_(1)
         return metadata
 
 
