@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts of a compacted request, brought back from the device without waiting for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_acckv.metrics import RequestReport
+
+if TYPE_CHECKING:
+    from vllm_acckv.engine.worker import WorkerRequest
+
+
+class Readback:
+    """A request's counts on their way from the device; nobody waits for them."""
+
+    def __init__(self, request: WorkerRequest, block_size: int, device: torch.device) -> None:
+        self.request_id = request.request_id
+        self._layout, self._block_size = request.plan.layout, block_size
+        self._layers, self._untouched = len(request.freed), request.untouched
+        self._seconds = request.seconds
+        counts = torch.zeros(10, device=device)
+        counts[:9] += request.fates.flatten() if isinstance(request.fates, torch.Tensor) else 0
+        counts[9] += sum(request.freed.values())
+        self._counts = torch.empty(10, pin_memory=counts.is_cuda)
+        self._counts.copy_(counts, non_blocking=True)
+        self._event = torch.cuda.Event() if counts.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    @property
+    def arrived(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def report(self) -> RequestReport:
+        *fates, freed = self._counts.tolist()
+        entries = self._layers * self._layout.length - round(freed) * self._block_size
+        report = RequestReport(self._layers, entries, seconds=self._seconds)
+        report.count([fates[:3], fates[3:6], fates[6:]])
+        whole = [self._untouched * count for count in self._layout.counts]
+        report.count([whole, [0] * 3, [0] * 3])
+        return report
