@@ -27,7 +27,7 @@ from tests.test_policy_invariants import (
     same,
 )
 from vllm_acckv.policies.acckv import AccKV
-from vllm_acckv.policies.rotary import unrotate
+from vllm_acckv.rotary import unrotate
 from vllm_acckv.scores import observed_attention
 from vllm_acckv.selection import Selection
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, token_modalities
@@ -197,7 +197,7 @@ def test_invariant_07_tau_is_monotone(layout: str, mode: str, seed: int) -> None
             assert tau > -1 or kept[head] == top[head]
             if tau == 1:  # no mean cosine of random keys is 1
                 assert kept[head] == is_high
-                alive = selection.merged.valid[head].tolist()
+                alive = selection.merged.valid.expand(2, -1)[head].tolist()
                 assert [kind == high for kind in selection.merged.modality.tolist()] == alive
         previous = kept
 
@@ -213,7 +213,7 @@ def test_invariant_08_merging_conserves_sums(layout: str, mode: str, seed: int) 
     keep = selection.keep.expand(2, -1)
     for head in range(2):
         for entry, kind in enumerate(merged.modality.tolist()):
-            number = int(merged.sources[head, entry].sum())
+            number = int(merged.sources.expand(2, -1, -1)[head, entry].sum())
             members = sample.modality == kind
             for states, mean in ((sample.keys, merged.key), (sample.values, merged.value)):
                 parts = states[head, keep[head] & members].sum(0) + number * mean[head, entry]
@@ -268,7 +268,12 @@ def mean_cosines(sample: Sample, policy: AccKV) -> dict[int, float]:
         keys = unrotate(keys, sample.angles.double())
         merged = torch.stack(
             [
-                torch.stack([keys[head, row].mean(0) for row in selection.merged.sources[head]])
+                torch.stack(
+                    [
+                        keys[head, row].mean(0)
+                        for row in selection.merged.sources.expand(2, -1, -1)[head]
+                    ]
+                )
                 for head in range(2)
             ]
         )

@@ -22,7 +22,7 @@ from vllm_acckv.engine.supported import check_policy
 from vllm_acckv.plan import make_plan
 from vllm_acckv.policies import make_policy
 from vllm_acckv.policies.recent import Recent
-from vllm_acckv.policies.rotary import rotate
+from vllm_acckv.rotary import rotate
 from vllm_acckv.spans import TEXT, VIDEO
 
 

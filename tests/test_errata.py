@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vllm_acckv.policies import make_policy
-from vllm_acckv.policies.rotary import rotate
+from vllm_acckv.rotary import rotate
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO
 
 PREFIX, VIDEOS, AUDIOS, TAIL = 14, 676, 1496, 60

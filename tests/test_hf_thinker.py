@@ -16,7 +16,7 @@ from tests.hf_models import STEPS, fed, generate, hiding, lengths, prompted
 from tests.reference import hf_thinker
 from vllm_acckv.hf import kv_policy
 from vllm_acckv.hf.prompt import modalities_of, rotary_angles
-from vllm_acckv.policies.rotary import rotate
+from vllm_acckv.rotary import rotate
 from vllm_acckv.tools import tiny_model
 
 ASKS = ["separate", "interleaved", "two_separate"]

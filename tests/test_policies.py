@@ -27,10 +27,11 @@ from vllm_acckv.policies import make_policy
 from vllm_acckv.policies.acckv import AccKV
 from vllm_acckv.policies.base import Layer, Prompt
 from vllm_acckv.policies.compression import Compressed
-from vllm_acckv.policies.rotary import rotate, unrotate
+from vllm_acckv.rotary import rotate, unrotate
 from vllm_acckv.scores import observed_attention
 from vllm_acckv.selection import Kept, SingleRank, align
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
+from vllm_acckv.states import DenseStates
 
 HEADS, KV_HEADS, WIDTH, BLOCK = 4, 2, 8, 4
 
@@ -91,8 +92,8 @@ class Tensors:
             self.query[first:], self.key, first, WIDTH**-0.5, policy.weights(layout)
         )
         prompt = Prompt.of(layout, scores.device)
-        selection = policy.select(scores, self.key, self.value, prompt, Layer())
-        return align(selection, KV_HEADS, block_size, SingleRank())
+        selection = policy.select(scores, DenseStates(self.key, self.value), prompt, Layer())
+        return align(selection, (), block_size, SingleRank())
 
 
 def options(policy: AccKV, keep: int, block_size: int) -> Options:
@@ -198,7 +199,8 @@ def test_selection_is_the_naive_selection(
     assume(closest_call(expected, opts) >= 1e-5)  # fp32 and fp64 may decide differently
     kept = layer.kept(modality, policy, block_size)
     assert kept.freed_blocks == expected.f
-    assert [head.nonzero().flatten().tolist() for head in kept.tokens] == expected.kept
+    tokens = kept.tokens.expand(KV_HEADS, -1)
+    assert [head.nonzero().flatten().tolist() for head in tokens] == expected.kept
     assert_same_entries(*gather_kept(kept, layer.key, layer.value), layer, expected)
 
 
@@ -354,9 +356,8 @@ def test_merge_before_rotary_embedding() -> None:
     content = torch.randn(KV_HEADS, 1, 4).expand(KV_HEADS, 14, 4)
     policy = make_policy("acckv", budget=2, merge_space="pre_rope")
     prompt = Prompt.of(Layout(modality), angles.device, angles)
-    selection = policy.select(
-        torch.zeros(KV_HEADS, 14), rotate(content, angles), content, prompt, Layer()
-    )
+    states = DenseStates(rotate(content, angles), content)
+    selection = policy.select(torch.zeros(KV_HEADS, 14), states, prompt, Layer())
     assert policy.needs_angles
     assert selection.merged is not None
     mean = angles[2:12].mean(0, keepdim=True)  # ties keep the lowest indices
@@ -373,7 +374,8 @@ def test_similarity_before_rotary_embedding() -> None:
     kept = {}
     for mode in ("absolute", "absolute_pre_rope"):
         policy = make_policy("acckv", budget=20, tau=0.99, tau_mode=mode)
-        selection = policy.select(scores, rotate(content, angles), content, prompt, Layer())
+        states = DenseStates(rotate(content, angles), content)
+        selection = policy.select(scores, states, prompt, Layer())
         kept[mode] = int(selection.keep[0, :60].sum())
     assert kept["absolute_pre_rope"] == 20
     assert kept["absolute"] < 20
@@ -385,6 +387,7 @@ def test_video_has_priority_where_nothing_tells_the_modalities_apart() -> None:
     layer = Tensors(42)
     policy = make_policy("acckv", budget=30, tau=1.0, filter_merged=False)
     prompt = Prompt.of(Layout(modality), layer.key.device)
-    selection = policy.select(torch.zeros(KV_HEADS, 42), layer.key, layer.value, prompt, Layer())
+    states = DenseStates(layer.key, layer.value)
+    selection = policy.select(torch.zeros(KV_HEADS, 42), states, prompt, Layer())
     assert selection.video_weight is not None and selection.video_weight.tolist() == [0.5]
     assert not selection.keep[0, :20].any() and int(selection.keep[0, 20:40].sum()) == 10

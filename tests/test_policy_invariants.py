@@ -18,6 +18,7 @@ from vllm_acckv.policies.compression import Compressed
 from vllm_acckv.scores import observed_attention
 from vllm_acckv.selection import Selection
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
+from vllm_acckv.states import DenseStates
 
 Case = tuple[str, str, dict[str, Any]]
 
@@ -162,7 +163,7 @@ class Sample:
 
     def select(self, policy: Policy, scores: torch.Tensor | None = None) -> Selection:
         scores = self.scores(policy) if scores is None else scores
-        return policy.select(scores, self.keys, self.values, self.prompt, LAYER)
+        return policy.select(scores, DenseStates(self.keys, self.values), self.prompt, LAYER)
 
     def compact(
         self, policy: Policy, scores: torch.Tensor, block_size: int = 1, wait: bool = True

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from vllm_acckv.engine import runners
-from vllm_acckv.engine.worker import PolicyWorker, WorkerRequest, set_current_worker
+from vllm_acckv.engine.rows import WorkerRequest
+from vllm_acckv.engine.worker import PolicyWorker, set_current_worker
 from vllm_acckv.kernels.tables import LayerTables
 from vllm_acckv.plan import Plan, make_plan
 from vllm_acckv.policies import make_policy

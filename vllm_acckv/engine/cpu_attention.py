@@ -18,7 +18,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_acckv.engine.blocks import KVPolicySpec
-from vllm_acckv.engine.worker import PolicyWorker, Row, current_worker
+from vllm_acckv.engine.rows import Row
+from vllm_acckv.engine.worker import PolicyWorker, current_worker
 from vllm_acckv.scores import Weights, observed_attention
 
 
@@ -141,7 +142,7 @@ class KVPolicyCPUAttentionImpl(CPUAttentionBackendImpl):
                 table = step.base.block_table[row.index]
                 cache = CPUPagedKV(self, layer, kv_cache, table, kernel_blocks)
                 index = extract_layer_index(name)
-                step.worker.after_attention(row, name, index, query, cache, self.scale)
+                step.worker.after_attention(row, name, index, query, cache, self.scale, False)
         return output
 
 
@@ -170,6 +171,10 @@ class CPUPagedKV:
     @property
     def num_kv_heads(self) -> int:
         return self._cache.shape[1]
+
+    @property
+    def paged(self) -> None:
+        """The kernels' order of numbers is unknown to others, see :func:`packing`."""
 
     def observe(
         self,

@@ -30,7 +30,8 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_acckv.engine.blocks import KVPolicySpec
-from vllm_acckv.engine.worker import PolicyWorker, Row, current_worker, upload
+from vllm_acckv.engine.rows import Row
+from vllm_acckv.engine.worker import PolicyWorker, current_worker, upload
 from vllm_acckv.kernels.paged import PagedCache
 from vllm_acckv.kernels.score import observe
 from vllm_acckv.kernels.tables import LayerTables
@@ -43,7 +44,7 @@ class GPUStep:
 
     Attributes:
         tables: what each layer attends to.
-        layers: place of each layer in ``tables``.
+        layers: place of each layer in ``tables``, in the order of execution.
         rows: those that are observed or compacted in this step.
         slots: the model runner's slot of each batch row.
         views: the metadata of each layer that was asked for.
@@ -101,7 +102,8 @@ class _BuilderMixin:
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        self._layers = {name: index for index, name in enumerate(layer_names)}
+        in_order = sorted(layer_names, key=extract_layer_index)
+        self._layers = {name: place for place, name in enumerate(in_order)}
         self._num_rows = vllm_config.scheduler_config.max_num_seqs
         self._tables: LayerTables | None = None
 
@@ -182,14 +184,15 @@ class _ImplMixin:
     ) -> None:
         worker, name = current_worker(), layer.layer_name
         assert worker is not None
+        index, last = extract_layer_index(name), step.layers[name] == len(step.layers) - 1
         kernel_blocks = worker.block_size // kv_cache.shape[2]
         for row in step.rows:
             cache = GPUPagedKV(self, layer, kv_cache, step.table[row.index], kernel_blocks)
-            index = extract_layer_index(name)
-            worker.after_attention(row, name, index, query, cache, self.scale)
-            if row.compacts:
-                freed = row.request.freed[name] * kernel_blocks
-                step.tables.freed[step.slots[row.index], step.layers[name]] = freed
+            for names, freed in worker.after_attention(
+                row, name, index, query, cache, self.scale, last
+            ):
+                of_slot, start = step.tables.freed[step.slots[row.index]], step.layers[names[0]]
+                of_slot[start : start + len(names)] = freed * kernel_blocks
 
 
 class GPUPagedKV:
@@ -215,6 +218,10 @@ class GPUPagedKV:
     @property
     def num_kv_heads(self) -> int:
         return self._cache.num_kv_heads
+
+    @property
+    def paged(self) -> PagedCache:
+        return self._cache
 
     def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._cache.read(length)

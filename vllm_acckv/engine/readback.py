@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts of a compacted request, brought back from the device without waiting for it."""
+"""What compaction did to a request: counts that come back from the device without waiting for it,
+and for inspection, everything."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_acckv.metrics import RequestReport
+from vllm_acckv.selection import Kept, Selection
 
 if TYPE_CHECKING:
-    from vllm_acckv.engine.worker import WorkerRequest
+    from vllm_acckv.engine.rows import WorkerRequest
 
 
 class Readback:
@@ -23,7 +25,7 @@ class Readback:
         self._seconds = request.seconds
         counts = torch.zeros(10, device=device)
         counts[:9] += request.fates.flatten() if isinstance(request.fates, torch.Tensor) else 0
-        counts[9] += sum(request.freed.values())
+        counts[9] += request.total_freed
         self._counts = torch.empty(10, pin_memory=counts.is_cuda)
         self._counts.copy_(counts, non_blocking=True)
         self._event = torch.cuda.Event() if counts.is_cuda else None
@@ -42,3 +44,31 @@ class Readback:
         whole = [self._untouched * count for count in self._layout.counts]
         report.count([whole, [0] * 3, [0] * 3])
         return report
+
+
+def record(
+    selection: Selection, kept: Kept, num_heads: int, place: int | None = None
+) -> dict[str, Any]:
+    """JSON-able form of what a layer kept: per KV head, token indices and merged modalities.
+    Waits for the device.
+
+    Args:
+        place: of the layer among those that were decided together.
+    """
+
+    def of_layer(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers if place is None else numbers[place]
+
+    freed, weight = torch.as_tensor(kept.all_freed), selection.video_weight
+    tokens = of_layer(kept.tokens).expand(num_heads, -1)
+    merged: list[list[int]] = [[] for _ in tokens]
+    if kept.merged is not None:
+        modality = kept.merged.modality
+        of_heads = of_layer(kept.merged.valid).expand(num_heads, -1)
+        merged = [modality[valid].tolist() for valid in of_heads]
+    return {
+        "freed_blocks": int(of_layer(freed) if freed.dim() else freed),
+        "video_weight": [] if weight is None else of_layer(weight).tolist(),
+        "tokens": [head.nonzero().flatten().tolist() for head in tokens],
+        "merged": merged,
+    }

@@ -10,126 +10,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_acckv.engine.ranks import TensorParallelRanks
-from vllm_acckv.engine.readback import Readback
+from vllm_acckv.engine.readback import Readback, record
 from vllm_acckv.engine.requests import plan_request
+from vllm_acckv.engine.rows import Finished, PagedKV, Row, WorkerRequest
 from vllm_acckv.metrics import RequestReport
-from vllm_acckv.plan import Plan
-from vllm_acckv.policies.base import Compacted, Layer, Policy, Prompt
-from vllm_acckv.scores import Weights
+from vllm_acckv.movement import entry_sources
+from vllm_acckv.policies.base import Layer, Policy, Prompt
+from vllm_acckv.selection import Kept, Selection
 
 if TYPE_CHECKING:
     from vllm_acckv.kernels.tables import LayerTables
 
-
-class PagedKV(Protocol):
-    """One request's keys and values of one layer in the paged cache, in logical slots."""
-
-    @property
-    def num_kv_heads(self) -> int: ...
-
-    def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[G, length, D]`` of slots ``0 .. length-1``, copied."""
-
-    def write(self, first_slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store ``[G, n, D]`` into slots ``first_slot .. first_slot+n-1``."""
-
-    def observe(
-        self,
-        scores: torch.Tensor,
-        query: torch.Tensor,
-        first_row: int,
-        scale: float,
-        weights: Weights | None,
-    ) -> None:
-        """Add to fp32 ``[G, l]`` what rows ``[n, H, D]`` from token ``first_row`` on pay to each
-        token, see :func:`vllm_acckv.scores.observed_attention`."""
-
-    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy whole blocks of the layer, by vLLM's block ids, int64 on the device."""
-
-
-@dataclass(eq=False)
-class WorkerRequest:
-    """What a worker knows of a request.
-
-    Attributes:
-        request_id: vLLM's id.
-        source: the runner's own object for the request; a new object means a new request.
-        plan: the plan, equal to the scheduler's by construction.
-        prompt: the compressed part of the prompt on the device, ``None`` if nothing is.
-        observed: indices of the layers whose attention some layer's decision needs.
-        scores: per layer index, fp32 ``[G, end]`` attention observed so far.
-        freed: per layer name, leading blocks it left empty; on the device if that depends on data.
-        fates: token counts of the layers compacted so far, fp32 ``[3, 3]`` on the device.
-        untouched: layers left alone.
-        seconds: spent so far, on the host.
-    """
-
-    request_id: str
-    source: Any
-    plan: Plan
-    prompt: Prompt | None
-    observed: frozenset[int]
-    scores: dict[int, torch.Tensor] = field(default_factory=dict)
-    freed: dict[str, int | torch.Tensor] = field(default_factory=dict)
-    fates: torch.Tensor | float = 0.0
-    untouched: int = 0
-    seconds: float = 0.0
-
-    def start_again(self) -> None:
-        """Forget a compaction that a preemption has undone."""
-        self.freed, self.fates, self.untouched, self.seconds = {}, 0.0, 0, 0.0
-
-    def freed_blocks(self, layer_name: str) -> int:
-        """Leading blocks the layer left empty.
-
-        Raises:
-            RuntimeError: if the layer was never compacted; its blocks may already be reused.
-        """
-        if layer_name not in self.freed:
-            raise RuntimeError(
-                f"{layer_name} was not compacted for request {self.request_id}, whose leading "
-                "blocks are no longer its own."
-            )
-        return int(self.freed[layer_name])
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a batch: ``scheduled`` tokens of a request after ``computed`` ones, whose
-    queries start at ``query_start``."""
-
-    index: int
-    request: WorkerRequest
-    computed: int
-    scheduled: int
-    query_start: int
-
-    @property
-    def compacted(self) -> bool:
-        return self.computed >= self.request.plan.end
-
-    @property
-    def compacts(self) -> bool:
-        """Whether this chunk ends the part of the prompt that is compressed."""
-        return self.computed < self.request.plan.end <= self.computed + self.scheduled
-
-    def observed(self) -> tuple[int, int]:
-        """Tokens ``[first, last)`` of this chunk whose queries the policy observes."""
-        last = min(self.computed + self.scheduled, self.request.plan.end)
-        return max(self.computed, self.request.plan.first_query), last
-
-    @property
-    def worked_on(self) -> bool:
-        """Whether the policy observes or compacts in this chunk."""
-        first, last = self.observed()
-        return self.compacts or first < last
+# Scores of layers that are decided together (fp32, so 16 MiB): all layers of one prompt of 32k
+# tokens with 4 KV heads. Deciding takes several times as much memory for a moment.
+_MAX_SCORES = 1 << 22
 
 
 class PolicyWorker:
@@ -263,33 +162,35 @@ class PolicyWorker:
         query: torch.Tensor,
         cache: PagedKV,
         scale: float,
-    ) -> None:
+        last: bool,
+    ) -> Finished:
         """Observe this chunk's queries; compact the layer if the chunk reaches the end.
+
+        Where kernels can read the cache, layers wait for each other and are compacted together.
 
         Args:
             layer_name, index: vLLM's name of the layer and its place in the model.
             query: ``[tokens, H, D]`` queries of the whole batch.
             cache: the request's cache in this layer, holding this chunk already.
             scale: softmax scale.
+            last: whether no layer of this group follows.
         """
         started = time.perf_counter()
-        request, plan = row.request, row.request.plan
-        first, last = row.observed()
-        observes = index in request.observed and first < last
-        compacts = row.compacts and plan.compacts(index)
+        request = row.request
+        first, until = row.observed()
         if row.compacts and layer_name in request.freed:  # once more, after a preemption
             request.start_again()
         if row.compacts and request.request_id in self.copies:
             cache.copy(*self.copies[request.request_id])
-        if observes:
+        if index in request.observed and first < until:
             offset = row.query_start - row.computed
-            rows = query[offset + first : offset + last]
+            rows = query[offset + first : offset + until]
             self._observe(request, index, rows, cache, first, scale)
-        if compacts:
-            self._compact(request, layer_name, index, cache)
-        elif row.compacts:
-            self._leave_alone(request, layer_name)
+        finished: Finished = []
+        if row.compacts:
+            finished = self._compact(request, layer_name, index, cache, last)
         request.seconds += time.perf_counter() - started
+        return finished
 
     def _observe(
         self,
@@ -309,12 +210,63 @@ class PolicyWorker:
         cache.observe(request.scores[index], rows, first, scale, weights)
 
     def _compact(
-        self,
-        request: WorkerRequest,
-        layer_name: str,
-        index: int,
-        cache: PagedKV,
-    ) -> None:
+        self, request: WorkerRequest, layer_name: str, index: int, cache: PagedKV, last: bool
+    ) -> Finished:
+        plan, paged, finished = request.plan, cache.paged, []
+        together = plan.compacts(index) and plan.policy.layers_alike
+        if together and paged is not None:
+            if request.waiting and plan.entries[request.waiting[0][1]] != plan.entries[index]:
+                finished += self._compact_waiting(request)
+            request.waiting.append((layer_name, index, paged))
+            scores = len(request.waiting) * paged.num_kv_heads * plan.end
+            if last or scores + scores // len(request.waiting) > _MAX_SCORES:
+                finished += self._compact_waiting(request)
+            return finished
+        if request.waiting:
+            finished += self._compact_waiting(request)
+        freed: int | torch.Tensor = 0
+        if plan.compacts(index):
+            freed = self._compact_layer(request, layer_name, index, cache)
+        else:
+            request.untouched += 1
+        self._count(request, [layer_name], freed)
+        return [*finished, ([layer_name], freed)]
+
+    def _compact_waiting(self, request: WorkerRequest) -> Finished:
+        """Decide for all layers that wait, and move their entries in one launch."""
+        # Not at the top: Triton is not needed where there is no GPU.
+        from vllm_acckv.kernels.move import move
+        from vllm_acckv.kernels.paged import PagedLayers
+        from vllm_acckv.kernels.states import PagedStates
+
+        assert request.prompt is not None
+        plan, (names, indices, caches) = request.plan, zip(*request.waiting, strict=True)
+        request.waiting.clear()
+        layers = PagedLayers([cache.blocks for cache in caches], caches[0].table)
+        if plan.first_query < plan.end:
+            scores = torch.stack([request.scores.pop(index) for index in indices])
+        else:
+            shape = len(layers), layers.num_kv_heads, plan.end
+            scores = torch.zeros(shape, device=self.device)
+        states = PagedStates(layers, plan.end)
+        selection, kept = plan.policy.decide(
+            scores, states, request.prompt, self._layer(indices[0]), self.block_size, wait=False
+        )
+        self._check(request, names[0], indices[0], kept)
+        merged = None
+        if kept.merged is not None:
+            merged = torch.cat([kept.merged.key, kept.merged.value], -1)
+        move(layers, entry_sources(kept).int(), plan.end, merged)
+        request.fates = request.fates + kept.fates(request.prompt.modality)
+        for place, name in enumerate(names):
+            self._record(request, name, selection, kept, layers.num_kv_heads, place)
+        self._count(request, names, kept.all_freed)
+        return [(names, kept.all_freed)]
+
+    def _compact_layer(
+        self, request: WorkerRequest, layer_name: str, index: int, cache: PagedKV
+    ) -> int | torch.Tensor:
+        """Decide for one layer and write its entries; the leading blocks it leaves empty."""
         assert request.prompt is not None
         plan, layer = request.plan, self._layer(index)
         key, value = cache.read(plan.end)
@@ -330,27 +282,43 @@ class PolicyWorker:
         done = plan.policy.compact(
             scores, key, value, request.prompt, layer, self.block_size, wait=False
         )
-        if done.kept.freed_blocks < (plan.end - plan.entries[index]) // self.block_size:
+        self._check(request, layer_name, index, done.kept)
+        cache.write(done.kept.freed_blocks * self.block_size, done.key, done.value)
+        self._record(request, layer_name, done.selection, done.kept, len(key))
+        request.fates = request.fates + done.kept.fates(request.prompt.modality)
+        return done.kept.all_freed
+
+    def _check(self, request: WorkerRequest, layer_name: str, index: int, kept: Kept) -> None:
+        plan = request.plan
+        if kept.freed_blocks < (plan.end - plan.entries[index]) // self.block_size:
             raise RuntimeError(
                 f"{layer_name} keeps more entries of request {request.request_id} than planned."
             )
-        cache.write(done.kept.freed_blocks * self.block_size, done.key, done.value)
-        if self.records is not None:
-            record = _record(done)
-            self.records.setdefault(request.request_id, {})[layer_name] = record
-        request.fates = request.fates + done.kept.fates(request.prompt.modality)
-        self._count(request, layer_name, done.kept.all_freed)
-
-    def _leave_alone(self, request: WorkerRequest, layer_name: str) -> None:
-        """Count a layer that keeps everything."""
-        request.untouched += 1
-        self._count(request, layer_name, 0)
 
     def _count(
-        self, request: WorkerRequest, layer_name: str, freed_blocks: int | torch.Tensor
+        self, request: WorkerRequest, names: Sequence[str], freed: int | torch.Tensor
     ) -> None:
-        request.freed[layer_name] = freed_blocks
+        of_layers = torch.as_tensor(freed).expand(len(names))
+        several = isinstance(freed, torch.Tensor)
+        for name, of_layer in zip(names, of_layers, strict=True):
+            request.freed[name] = of_layer if several else freed
+        total = of_layers.sum() if isinstance(freed, torch.Tensor) else freed * len(names)
+        request.total_freed = request.total_freed + total
         self._compacted[request.request_id] = request
+
+    def _record(
+        self,
+        request: WorkerRequest,
+        layer_name: str,
+        selection: Selection,
+        kept: Kept,
+        num_heads: int,
+        place: int | None = None,
+    ) -> None:
+        """Note what the layer kept, the ``place``-th of those decided together."""
+        if self.records is not None:
+            of_request = self.records.setdefault(request.request_id, {})
+            of_request[layer_name] = record(selection, kept, num_heads, place)
 
     def take_compacted(self) -> tuple[set[str], dict[str, RequestReport]]:
         """Ids of the requests compacted since the last call, and the reports that have arrived
@@ -361,20 +329,6 @@ class PolicyWorker:
         arrived = [readback for readback in self._readbacks if readback.arrived]
         self._readbacks = [one for one in self._readbacks if one not in arrived]
         return compacted, {readback.request_id: readback.report() for readback in arrived}
-
-
-def _record(done: Compacted) -> dict[str, Any]:
-    """JSON-able form of what a layer kept: per KV head, token indices and merged modalities."""
-    kept, weight = done.kept, done.selection.video_weight
-    merged: list[list[int]] = [[] for _ in kept.tokens]
-    if kept.merged is not None:
-        merged = [kept.merged.modality[valid].tolist() for valid in kept.merged.valid]
-    return {
-        "freed_blocks": int(kept.all_freed),
-        "video_weight": [] if weight is None else weight.tolist(),
-        "tokens": [head.nonzero().flatten().tolist() for head in kept.tokens],
-        "merged": merged,
-    }
 
 
 def upload(numbers: Sequence[int], device: torch.device) -> torch.Tensor:

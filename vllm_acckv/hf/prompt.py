@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_acckv.policies.rotary import rotate
+from vllm_acckv.rotary import rotate
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Modalities
 
 

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import triton
+import triton.language as tl
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,63 @@ class PagedCache:
         slots = first_slot + torch.arange(rows.shape[1], device=rows.device)
         blocks = self.table[slots // self.block_size].long()
         self.blocks[blocks, :, slots % self.block_size] = rows.transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class PagedLayers:
+    """Keys and values of several layers and the blocks of one request.
+
+    Attributes:
+        caches: of each layer, see :attr:`PagedCache.blocks`; all of one shape, stride and dtype.
+        table: int32 ``[n]``, the request's blocks in logical order; the layers share them.
+    """
+
+    caches: Sequence[torch.Tensor]
+    table: torch.Tensor
+
+    def __post_init__(self) -> None:
+        forms = {(one.shape, one.stride(), one.dtype) for one in self.caches}
+        if len(forms) != 1:
+            raise ValueError(f"The caches of layers have {len(forms)} forms; expected one.")
+
+    @cached_property
+    def addresses(self) -> torch.Tensor:
+        """int64 ``[layers]`` on the device: where each cache begins."""
+        pointers = [cache.data_ptr() for cache in self.caches]
+        device = self.table.device
+        made = torch.tensor(pointers, pin_memory=device.type == "cuda")
+        return made.to(device, non_blocking=True)
+
+    def __len__(self) -> int:
+        return len(self.caches)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.caches[0].shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.caches[0].shape[2]
+
+    @property
+    def head_size(self) -> int:
+        return self.caches[0].shape[3] // 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.caches[0].dtype
+
+    def layer(self, index: int) -> PagedCache:
+        return PagedCache(self.caches[index], self.table)
+
+
+@triton.jit
+def rows_of(
+    like, addresses, table, layer, kv_head, tokens, present,
+    stride_block, stride_head, stride_slot, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the rows of ``tokens`` in a layer's cache, where ``present``; ``like`` is any
+    pointer of its dtype."""
+    cache = tl.load(addresses + layer).to(like.dtype)
+    block = tl.load(table + tokens // BLOCK, mask=present, other=0).to(tl.int64)
+    return cache + block * stride_block + kv_head * stride_head + (tokens % BLOCK) * stride_slot

@@ -13,12 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import torch
+from torch.nn.functional import normalize
 
 from vllm_acckv.policies.base import Count, Layer, Policy, Prompt, number_in
-from vllm_acckv.policies.rotary import rotate, unrotate
+from vllm_acckv.rotary import rotate
 from vllm_acckv.scores import Weights
 from vllm_acckv.selection import Merged, Selection, ranked
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
+from vllm_acckv.states import States
 
 # What ``preset`` stands for: the letter of the paper (with the one correction without which eq. 8-9
 # make no sense), and the reading that undoes its errata; see docs/policies.md.
@@ -52,15 +54,16 @@ def _tau(value: Any, info: pydantic.ValidationInfo) -> float:
 
 @dataclass(frozen=True)
 class _Focus:
-    """Scores and priorities of a layer; ``S`` is 1 (layer mode) or G (head mode).
+    """Priorities of layers; ``S`` is 1 (layer mode) or G (head mode).
 
     Attributes:
-        scores: fp32 ``[S, l]``, eq. 6.
-        top: bool ``[S, l]``, the union of the sets of eq. 10.
-        video_weight: fp32 ``[S]``, W_v of eq. 4.
+        rank: int64 ``[..., S, l]``, order of the audio-video tokens by the scores of eq. 6, best
+            first; all others behind them.
+        top: bool ``[..., S, l]``, the union of the sets of eq. 10.
+        video_weight: fp32 ``[..., S]``, W_v of eq. 4.
     """
 
-    scores: torch.Tensor
+    rank: torch.Tensor
     top: torch.Tensor
     video_weight: torch.Tensor
 
@@ -92,6 +95,7 @@ class AccKV(Policy):
     """
 
     name: ClassVar[str] = "acckv"
+    layers_alike: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER, "corrected": CORRECTED}
 
     # In front of tau, whose range depends on it.
@@ -170,27 +174,28 @@ class AccKV(Policy):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
         if self.head_mode == "layer":
-            scores = layer.ranks.mean(scores.mean(0, keepdim=True))
+            scores = layer.ranks.mean(scores.mean(-2, keepdim=True))
         focus = self._focus(scores, prompt)
         keep = focus.top
         filtered = rejected = merged = None
         if self.calibration:
-            merged = self._merge(focus.top, key, value, prompt)
+            merged, directions = self._merge(focus.top, states, prompt)
             if len(prompt.layout.present) == 2:
-                filtered, rejected, merged = self._calibrate(focus, key, merged, prompt, layer)
+                filtered, rejected, merged = self._calibrate(
+                    focus, states, merged, directions, prompt, layer
+                )
                 keep = keep & ~rejected
         text = prompt.modality == TEXT
         if not self.keep_prefix:
             position = torch.arange(len(text), device=text.device)
             text = text & (position >= prompt.layout.text_start)
         keep = keep | text
-        fill_rank = _fill_rank(focus.scores, keep, rejected, prompt.modality)
+        fill_rank = _fill_rank(focus.rank, keep, rejected, prompt.modality)
         size = None
         if not self.calibration:
             size = self._text(prompt.layout) + self.heavy_hitters(prompt.layout)
@@ -201,20 +206,21 @@ class AccKV(Policy):
         video, audio = prompt.modality == VIDEO, prompt.modality == AUDIO
         _, num_video, num_audio = prompt.layout.counts
         if num_video and num_audio:
-            mean_video = (scores * video).sum(1) / num_video
-            mean_audio = (scores * audio).sum(1) / num_audio
+            mean_video = (scores * video).sum(-1) / num_video
+            mean_audio = (scores * audio).sum(-1) / num_audio
             weight = mean_video / (mean_video + mean_audio)
             weight = torch.where(weight.isfinite(), weight, 0.5)
             if self.focusing:
-                scores = scores * torch.where(video, weight[:, None], 1 - weight[:, None])
+                factor = torch.where(video, weight[..., None], 1 - weight[..., None])
+                scores = scores * factor
         else:
-            weight = torch.full_like(scores[:, 0], 1.0 if num_video else 0.0)
+            weight = torch.full_like(scores[..., 0], 1.0 if num_video else 0.0)
         av = video | audio
         rank = ranked(scores.masked_fill(~av, -torch.inf))
         top = (rank < self.heavy_hitters(prompt.layout)) & av
         if self.calibration and self.min_per_modality:
             top = self._at_least_one(top, rank, video, audio)
-        return _Focus(scores, top, weight)
+        return _Focus(rank, top, weight)
 
     def _at_least_one(
         self, top: torch.Tensor, rank: torch.Tensor, video: torch.Tensor, audio: torch.Tensor
@@ -222,94 +228,91 @@ class AccKV(Policy):
         """Lift a modality without a heavy hitter to its best token (eq. 8-9)."""
         for mask, others in ((video, top & audio), (audio, top & video)):
             # The best token of m is the one with the lowest rank among m.
-            best = rank.masked_fill(~mask, rank.shape[1]).amin(1, keepdim=True)
-            lifted = (rank == best) & mask & ~(top & mask).any(1, keepdim=True)
+            best = rank.masked_fill(~mask, rank.shape[-1]).amin(-1, keepdim=True)
+            lifted = (rank == best) & mask & ~(top & mask).any(-1, keepdim=True)
             if self.strict_budget != "off":
-                worst = rank.masked_fill(~others, -1).amax(1, keepdim=True)
-                gives = lifted.any(1, keepdim=True) & (others.sum(1, keepdim=True) > 1)
+                worst = rank.masked_fill(~others, -1).amax(-1, keepdim=True)
+                gives = lifted.any(-1, keepdim=True) & (others.sum(-1, keepdim=True) > 1)
                 top = top & ~(gives & (rank == worst))
             top = top | lifted
         return top
 
     def _merge(
-        self, top: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prompt: Prompt
-    ) -> Merged:
-        """One entry per modality for its tokens that are no heavy hitters (eq. 11-14)."""
+        self, top: torch.Tensor, states: States, prompt: Prompt
+    ) -> tuple[Merged, torch.Tensor]:
+        """One entry per modality for its tokens that are no heavy hitters (eq. 11-14).
+
+        Returns:
+            the entries, and unit keys fp32 ``[..., G, M, D]`` of them in the space of
+            ``tau_mode``.
+        """
         kinds = prompt.layout.present
         # Made on the device: an upload would wait for it.
         modality = torch.arange(kinds[0], kinds[-1] + 1, dtype=torch.int8, device=top.device)
-        sources = (prompt.modality == modality[:, None]) & ~top[:, None, :]
-        sources = sources.expand(key.shape[0], len(kinds), key.shape[1])
-        count = sources.sum(-1, keepdim=True).clamp(min=1)
-        mean = sources.float() / count
+        sources = (prompt.modality == modality[:, None]) & ~top[..., None, :]
+        merged_angles = tau_angles = None
         if self.merge_space == "pre_rope":
-            assert prompt.angles is not None
-            plain = mean @ unrotate(key.float().nan_to_num(), prompt.angles)
-            merged_key = rotate(plain, mean @ prompt.angles)
+            merged_angles = prompt.angles
+        if self.tau_mode == "absolute_pre_rope":
+            tau_angles = prompt.angles
+        mean_key, value = states.means(sources, merged_angles)
+        key = mean_key
+        if merged_angles is not None:
+            share = sources.float() / sources.sum(-1, keepdim=True).clamp(min=1)
+            key = rotate(mean_key, share @ merged_angles)
+        key, value = key.to(states.dtype), value.to(states.dtype)
+        if tau_angles is None:
+            unit = normalize(key.float(), dim=-1)
+        elif merged_angles is not None:
+            unit = normalize(mean_key, dim=-1)
         else:
-            merged_key = mean @ key.float().nan_to_num()
-        return Merged(
-            merged_key.to(key.dtype),
-            (mean @ value.float().nan_to_num()).to(value.dtype),
-            sources.any(-1),
-            sources,
-            modality,
-        )
+            unit = normalize(states.means(sources, tau_angles)[0], dim=-1)
+        return Merged(key, value, sources.any(-1), sources, modality), unit
 
     def _calibrate(
         self,
         focus: _Focus,
-        key: torch.Tensor,
+        states: States,
         merged: Merged,
+        merged_unit: torch.Tensor,
         prompt: Prompt,
         layer: Layer,
     ) -> tuple[torch.Tensor, torch.Tensor, Merged]:
         """Filter the low-priority modality by its similarity to the other (eq. 15-18).
 
         Returns:
-            bool ``[S, l]`` heavy hitters that were looked at, those of them to drop, and the
+            bool ``[..., S, l]`` heavy hitters that were looked at, those of them to drop, and the
             merged entries that remain.
         """
-        unit, merged_unit = self._directions(key, merged, prompt)
+        angles = prompt.angles if self.tau_mode == "absolute_pre_rope" else None
         # The mean cosine to all anchors is the product with the mean of their directions, so
         # the matrix of eq. 15 is never formed.
-        video_first = (focus.video_weight >= 0.5)[:, None]
+        video_first = (focus.video_weight >= 0.5)[..., None]
         is_video = prompt.modality == VIDEO
-        anchor = (focus.top & (is_video == video_first)).float()
-        anchor_merged = (merged.valid & ((merged.modality == VIDEO) == video_first)).float()
-        total = torch.einsum("gl,gld->gd", anchor.expand(len(unit), -1), unit)
-        total = total + torch.einsum("gm,gmd->gd", anchor_merged, merged_unit)
-        centre = total / (anchor.sum(1, keepdim=True) + anchor_merged.sum(1, keepdim=True))
-        # A cosine rounded to below -1 would fall to a tau of -1.
-        similarity = torch.einsum("gld,gd->gl", unit, centre).clamp(-1, 1)
-        merged_similarity = torch.einsum("gmd,gd->gm", merged_unit, centre).clamp(-1, 1)
-        if self.head_mode == "layer":
-            similarity = layer.ranks.mean(similarity.mean(0, keepdim=True))
-            merged_similarity = layer.ranks.mean(merged_similarity.mean(0, keepdim=True))
+        anchor = focus.top & (is_video == video_first)
+        anchor_merged = merged.valid & ((merged.modality == VIDEO) == video_first)
+        total = states.directions(anchor, angles)
+        total = total + (anchor_merged[..., None] * merged_unit).sum(-2)
+        count = anchor.sum(-1, keepdim=True) + anchor_merged.sum(-1, keepdim=True)
+        centre = total / count
         low = focus.top & (is_video != video_first)
+        # A cosine rounded to below -1 would fall to a tau of -1.
+        similarity = states.similarities(centre, low, angles).clamp(-1, 1)
+        merged_similarity = (merged_unit * centre[..., None, :]).sum(-1).clamp(-1, 1)
+        if self.head_mode == "layer":
+            similarity = layer.ranks.mean(similarity.mean(-2, keepdim=True))
+            merged_similarity = layer.ranks.mean(merged_similarity.mean(-2, keepdim=True))
         low_merged = merged.valid & ((merged.modality == VIDEO) != video_first)
         if not self.filter_merged:
             low_merged = torch.zeros_like(low_merged)
         threshold = self._threshold(similarity, low, merged_similarity, low_merged)
         rejected = low & (similarity < threshold)
         if self.min_keep_low:
-            rank = ranked(focus.scores.masked_fill(~low, -torch.inf))
+            # How many of them have a better score.
+            rank = ranked(-focus.rank.masked_fill(~low, len(prompt.modality)).float())
             rejected = rejected & (rank >= self.min_keep_low)
         valid = merged.valid & ~(low_merged & (merged_similarity < threshold))
         return low, rejected, replace(merged, valid=valid)
-
-    def _directions(
-        self, key: torch.Tensor, merged: Merged, prompt: Prompt
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit keys of tokens ``[G, l, D]`` and of merged entries ``[G, M, D]``, fp32."""
-        key, merged_key = key.float(), merged.key.float()
-        if self.tau_mode == "absolute_pre_rope":
-            assert prompt.angles is not None
-            key = unrotate(key, prompt.angles)
-            count = merged.sources.sum(-1, keepdim=True).clamp(min=1)
-            merged_key = (merged.sources.float() / count) @ key
-        normalize = torch.nn.functional.normalize
-        return normalize(key, dim=-1), normalize(merged_key, dim=-1)
 
     def _threshold(
         self,
@@ -320,25 +323,27 @@ class AccKV(Policy):
     ) -> float | torch.Tensor:
         if self.tau_mode != "quantile":
             return self.tau
-        rows = similarity.shape[0]
-        values = torch.cat([similarity, merged_similarity.expand(rows, -1)], 1)
-        considered = torch.cat([low, low_merged[:rows]], 1)
-        return values.masked_fill(~considered, torch.nan).nanquantile(self.tau, dim=1, keepdim=True)
+        values = torch.cat([similarity, merged_similarity], -1)
+        considered = torch.cat([low, low_merged], -1)
+        return values.masked_fill(~considered, torch.nan).nanquantile(
+            self.tau, dim=-1, keepdim=True
+        )
 
 
 def _fill_rank(
-    scores: torch.Tensor,
+    rank: torch.Tensor,
     keep: torch.Tensor,
     rejected: torch.Tensor | None,
     modality: torch.Tensor,
 ) -> torch.Tensor:
-    """Order of the dropped tokens: by score, those the filter rejected behind the others, then
+    """Order of the dropped tokens: by ``rank``, those the filter rejected behind the others, then
     dropped text, the latest first. Kept tokens come last."""
-    position = torch.arange(keep.shape[1], device=keep.device)
+    length = keep.shape[-1]
     text = modality == TEXT
     last = 0 if rejected is None else rejected.long()
     group = torch.where(keep, 3, torch.where(text, 2, last))
-    value = torch.where(text, position.to(scores.dtype), scores)
-    order = value.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
-    return order.argsort(dim=1)
+    latest_first = torch.arange(length - 1, -1, -1, device=keep.device)
+    order = (group * length + torch.where(text, latest_first, rank)).argsort(dim=-1)
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(length, device=keep.device).expand_as(order)
+    )

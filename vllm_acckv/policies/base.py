@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from vllm_acckv.movement import gather_kept
 from vllm_acckv.selection import Kept, Ranks, Selection, SingleRank, align
 from vllm_acckv.spans import Layout
+from vllm_acckv.states import DenseStates, States
 
 if TYPE_CHECKING:
     from vllm_acckv.policies.compression import Compressed
@@ -134,6 +135,9 @@ class Policy(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: ClassVar[str]
+    # Whether layers with equal ``entries`` may be decided in one call of ``select``: it works on
+    # shapes with a dimension for them and asks nothing else of ``layer``; there is no ``fold``.
+    layers_alike: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     budget: Budget = 0.2
@@ -206,18 +210,17 @@ class Policy(pydantic.BaseModel):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
-        """Decide for one layer.
+        """Decide for one layer, or for several (:attr:`layers_alike`).
 
         Args:
-            scores: fp32 ``[G, l]`` attention observed in layer :meth:`score_layer`.
-            key, value: ``[G, l, D]`` cached keys (after rotary embedding) and values.
+            scores: fp32 ``[..., G, l]`` attention observed in layer :meth:`score_layer`.
+            states: cached keys and values.
             prompt: the layout of the ``l`` tokens.
-            layer: which layer, and the ranks that hold its other heads.
+            layer: which layer, or the first of several, and the ranks that hold its other heads.
         """
         raise NotImplementedError
 
@@ -245,19 +248,32 @@ class Policy(pydantic.BaseModel):
         block_size: int,
         wait: bool = True,
     ) -> Compacted:
-        """Select, round up to whole blocks and gather; arguments as for :meth:`select`.
+        """Decide and gather; ``key``, ``value`` ``[G, l, D]``, the rest as for :meth:`decide`."""
+        states = DenseStates(key, value)
+        selection, kept = self.decide(scores, states, prompt, layer, block_size, wait)
+        kept, key, value = self.fold(kept, key, value)
+        return Compacted(*gather_kept(kept, key, value), kept, selection)
+
+    def decide(
+        self,
+        scores: torch.Tensor,
+        states: States,
+        prompt: Prompt,
+        layer: Layer,
+        block_size: int,
+        wait: bool = True,
+    ) -> tuple[Selection, Kept]:
+        """Select and round up to whole blocks; arguments as for :meth:`select`.
 
         Args:
             wait: read the number of entries from the device where it depends on the data. Without,
                 there are as many as :meth:`entries` allows, of which the first
-                ``kept.empty_blocks`` blocks hold nothing.
+                ``kept.empty_blocks`` blocks hold nothing. Several layers cannot wait.
         """
         # A broken activation must not spread: NaN is no attention at all.
-        selection = self.select(scores.nan_to_num(), key, value, prompt, layer)
+        selection = self.select(scores.nan_to_num(), states, prompt, layer)
         most = None if wait else self.entries(prompt.layout, layer)
-        kept = align(selection, len(key), block_size, layer.ranks, most)
-        kept, key, value = self.fold(kept, key, value)
-        return Compacted(*gather_kept(kept, key, value), kept, selection)
+        return selection, align(selection, scores.shape[:-2], block_size, layer.ranks, most)
 
     # Everything at once
 

@@ -10,6 +10,7 @@ import torch
 from vllm_acckv.policies.base import Budget, Count, Layer, Policy, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
+from vllm_acckv.states import States
 
 
 class _Drop(Policy):
@@ -23,6 +24,7 @@ class _Drop(Policy):
         first_layer: layers below it keep everything (Table 1 evicts in the higher half only).
     """
 
+    layers_alike: ClassVar[bool] = True
     dropped: ClassVar[int]
 
     budget: Budget = 1.0
@@ -50,13 +52,12 @@ class _Drop(Policy):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
         return select_best(
-            layer.ranks.mean(scores.mean(0, keepdim=True)),
+            layer.ranks.mean(scores.mean(-2, keepdim=True)),
             self.entries(prompt.layout, layer),
             protected=prompt.modality == TEXT,
             candidates=prompt.modality != self.dropped,

@@ -11,6 +11,7 @@ from vllm_acckv.config import KVPolicyError
 from vllm_acckv.policies.base import Layer, Policy, Positive, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import TEXT, Layout
+from vllm_acckv.states import States
 
 
 class FastV(Policy):
@@ -64,8 +65,7 @@ class FastV(Policy):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:

@@ -10,6 +10,7 @@ import torch
 from vllm_acckv.policies.base import Budget, Layer, Policy, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import Layout
+from vllm_acckv.states import States
 
 
 class Full(Policy):
@@ -25,8 +26,7 @@ class Full(Policy):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:

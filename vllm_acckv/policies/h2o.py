@@ -11,6 +11,7 @@ from vllm_acckv.policies.base import Layer, Policy, Prompt, Ratio
 from vllm_acckv.scores import Weights
 from vllm_acckv.selection import Selection, ranked, select_best
 from vllm_acckv.spans import TEXT, Layout
+from vllm_acckv.states import States
 
 
 class H2O(Policy):
@@ -27,6 +28,7 @@ class H2O(Policy):
     """
 
     name: ClassVar[str] = "h2o"
+    layers_alike: ClassVar[bool] = True
 
     recent_ratio: Ratio = 0.5
     protect_text: bool = False
@@ -65,13 +67,12 @@ class H2O(Policy):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
         size = self.entries(prompt.layout, layer)
-        position = torch.arange(prompt.layout.length, device=key.device)
+        position = torch.arange(prompt.layout.length, device=scores.device)
         if not self.protect_text:
             protected = position >= prompt.layout.length - self.recent(size)
         else:

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from vllm_acckv.policies.base import Layer, Policy, Prompt, Ratio
 from vllm_acckv.selection import Kept, Selection, select_best
 from vllm_acckv.spans import TEXT, Layout
+from vllm_acckv.states import States
 
 # Largest number of similarities held at once (fp32, so 64 MiB).
 _MAX_SIMILARITIES = 1 << 24
@@ -48,14 +49,13 @@ class LookM(Policy):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
         # The authors add -65516 to the columns that must not compete, which in half precision
         # rounds all other scores away; masks cannot.
-        position = torch.arange(prompt.layout.length, device=key.device)
+        position = torch.arange(prompt.layout.length, device=scores.device)
         recent = position >= prompt.layout.length - self._recent(prompt.layout)
         text = prompt.modality == TEXT
         return select_best(scores, self.entries(prompt.layout, layer), text | recent)

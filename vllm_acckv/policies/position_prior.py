@@ -12,6 +12,7 @@ from vllm_acckv.policies.base import Layer, Prompt
 from vllm_acckv.scores import Weights
 from vllm_acckv.selection import Selection
 from vllm_acckv.spans import Layout
+from vllm_acckv.states import States
 
 
 class PositionPrior(AccKV):
@@ -36,13 +37,12 @@ class PositionPrior(AccKV):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
         length = prompt.layout.length
-        prior = torch.ones(length, device=key.device)
+        prior = torch.ones(length, device=scores.device)
         if self.redistribution == "paper":
-            prior = 1 / torch.arange(length, 0, -1, device=key.device, dtype=torch.float32)
-        return super().select(prior.expand(len(key), length), key, value, prompt, layer)
+            prior = 1 / torch.arange(length, 0, -1, device=scores.device, dtype=torch.float32)
+        return super().select(prior.expand_as(scores), states, prompt, layer)

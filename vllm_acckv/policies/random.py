@@ -10,6 +10,7 @@ import torch
 from vllm_acckv.policies.base import Count, Layer, Policy, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import TEXT, Layout
+from vllm_acckv.states import States
 
 _MASK = (1 << 32) - 1
 _MAX_LAYERS = 1 << 10
@@ -34,12 +35,11 @@ class Random(Policy):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
-        position = torch.arange(prompt.layout.length, device=key.device)
+        position = torch.arange(prompt.layout.length, device=scores.device)
         drawn = _mixed(position ^ _mixed(self.seed * _MAX_LAYERS + layer.index))
         protected = prompt.modality == TEXT if self.protect_text else None
         size = self.entries(prompt.layout, layer)

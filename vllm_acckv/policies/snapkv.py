@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from vllm_acckv.policies.base import Layer, Policy, Positive, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import TEXT, Layout
+from vllm_acckv.states import States
 
 
 def _odd(value: int) -> int:
@@ -31,6 +32,7 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
+    layers_alike: ClassVar[bool] = True
 
     window: Positive = 32
     kernel: Annotated[Positive, pydantic.AfterValidator(_odd)] = 5
@@ -54,24 +56,24 @@ class SnapKV(Policy):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
         size = self.entries(prompt.layout, layer)
         window = self.first_query(prompt.layout)
-        position = torch.arange(prompt.layout.length, device=key.device)
+        position = torch.arange(prompt.layout.length, device=scores.device)
         protected = position >= max(window, prompt.layout.length - size)
         if self.protect_text:
             protected = protected | (prompt.modality == TEXT)
         return select_best(self._pooled(scores, window), size, protected)
 
     def _pooled(self, scores: torch.Tensor, window: int) -> torch.Tensor:
-        """Smooth the columns in front of the window, ``[G, l]``."""
+        """Smooth the columns in front of the window, ``[..., G, l]``."""
         if not window:
             return scores
-        before, after = scores[:, :window], scores[:, window:]
+        before, after = scores[..., :window], scores[..., window:]
         pool = torch.max_pool1d if self.pooling == "max" else torch.avg_pool1d
-        before = pool(before[None], self.kernel, stride=1, padding=self.kernel // 2)[0]
-        return torch.cat([before, after], dim=1)
+        rows = before.reshape(1, -1, window)
+        pooled = pool(rows, self.kernel, stride=1, padding=self.kernel // 2)
+        return torch.cat([pooled.view_as(before), after], dim=-1)

@@ -10,6 +10,7 @@ import torch
 from vllm_acckv.policies.base import Count, Layer, Policy, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import Layout
+from vllm_acckv.states import States
 
 
 class Streaming(Policy):
@@ -22,6 +23,7 @@ class Streaming(Policy):
     """
 
     name: ClassVar[str] = "streaming"
+    layers_alike: ClassVar[bool] = True
 
     sinks: Count = 4
 
@@ -31,12 +33,11 @@ class Streaming(Policy):
     def select(
         self,
         scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        states: States,
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
-        position = torch.arange(prompt.layout.length, device=key.device, dtype=torch.float32)
+        position = torch.arange(prompt.layout.length, device=scores.device, dtype=torch.float32)
         size = self.entries(prompt.layout, layer)
         sinks = position < min(self.sinks, size)
         return select_best(position[None], size, protected=sinks)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels that work on several layers at once: what AccKV asks of keys and values, and
+entries that move to their slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from tests.test_kernels import DEVICE, HEAD_SIZES, PHASES, interpreter
+from tests.test_policy_invariants import (
+    CASES,
+    HEADS,
+    LAYER,
+    LAYOUTS,
+    WIDTH,
+    Case,
+    Sample,
+    decides,
+    made,
+)
+from vllm_acckv.kernels.move import move, move_reference
+from vllm_acckv.kernels.paged import PagedLayers
+from vllm_acckv.kernels.states import PagedStates
+from vllm_acckv.movement import entry_sources
+
+__all__ = ["interpreter"]  # a fixture of this module, too
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Random caches of several layers, in which a request's blocks lie in random order."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    block: int
+    dtype: torch.dtype
+    length: int
+    seed: int
+
+    def made(self) -> PagedLayers:
+        generator = torch.Generator().manual_seed(self.seed)
+        needed = -(-self.length // self.block)
+        size = (needed + 3, self.kv_heads, self.block, 2 * self.head_size)
+        caches = []
+        for _ in range(self.layers):
+            blocks = torch.randn(size, generator=generator).to(DEVICE, self.dtype)
+            if self.seed % 2:  # vLLM's other layout: slots in front of heads
+                blocks = blocks.transpose(1, 2).contiguous().transpose(1, 2)
+            caches.append(blocks)
+        table = torch.randperm(needed + 3, generator=generator)[:needed]
+        return PagedLayers(caches, table.to(DEVICE, torch.int32))
+
+
+CACHES = st.builds(
+    Cache,
+    layers=st.integers(1, 3),
+    kv_heads=st.integers(1, 8),
+    head_size=st.sampled_from(HEAD_SIZES),
+    block=st.sampled_from([16, 32, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]),
+    length=st.integers(1, 260),
+    seed=st.integers(0, 99),
+)
+
+
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True, phases=PHASES)
+@hypothesis.given(
+    cache=CACHES,
+    shared=st.booleans(),
+    groups=st.integers(1, 2),
+    half=st.integers(0, 8),
+    rarity=st.integers(1, 9),
+)
+def test_states(cache: Cache, shared: bool, groups: int, half: int, rarity: int) -> None:
+    """Means, directions and similarities equal the reference's, and means those of float64."""
+    torch.manual_seed(cache.seed)
+    paged = PagedStates(cache.made(), cache.length)
+    dense = paged.dense()
+    shape = cache.layers, 1 if shared else cache.kv_heads, cache.length
+    # Which group a token is in; most are in none where groups are rare.
+    group = torch.randint(0, groups + rarity, shape, device=DEVICE)
+    groups_of = torch.stack([group == one for one in range(groups)], -2)
+    tokens = group == groups
+    angles = torch.rand(cache.length, half, device=DEVICE) * 99 if half else None
+    for ours, reference in zip(
+        paged.means(groups_of, angles), dense.means(groups_of, angles), strict=True
+    ):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+    share = groups_of.double() / groups_of.sum(-1, keepdim=True).clamp(min=1)
+    exact = share @ dense.value.double()
+    torch.testing.assert_close(paged.means(groups_of)[1].double(), exact, rtol=1e-5, atol=1e-5)
+    ours, reference = paged.directions(tokens, angles), dense.directions(tokens, angles)
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-4)
+    direction = torch.randn_like(ours)
+    torch.testing.assert_close(
+        paged.similarities(direction, tokens, angles),
+        dense.similarities(direction, tokens, angles),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_states_that_are_not_finite() -> None:
+    """One broken number stays where it is."""
+    paged = PagedStates(Cache(1, 1, 16, 16, torch.float32, 40, 0).made(), 40)
+    cache = paged.layers.layer(0)
+    rows = cache.rows(40)
+    rows[:, 3, 5], rows[:, 4, 6], rows[:, 9, 20] = torch.nan, torch.inf, -torch.inf
+    cache.write(0, rows)
+    groups = torch.arange(40, device=DEVICE)[None, None, None] < 20
+    for ours, reference in zip(paged.means(groups), paged.dense().means(groups), strict=True):
+        torch.testing.assert_close(ours, reference)
+    for tokens in (groups[0], ~groups[0]):
+        ours, reference = paged.directions(tokens), paged.dense().directions(tokens)
+        torch.testing.assert_close(ours, reference, equal_nan=True)
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True, phases=PHASES)
+@hypothesis.given(
+    cache=CACHES,
+    kept=st.integers(1, 260),
+    empty=st.integers(0, 40),
+    merged=st.integers(0, 2),
+    shared=st.booleans(),
+    behind_kept=st.booleans(),
+)
+@hypothesis.example(Cache(1, 1, 16, 16, torch.float32, 200, 3), 199, 0, 1, False, True)
+@hypothesis.example(Cache(1, 1, 16, 16, torch.float32, 200, 6), 199, 0, 1, False, True)
+def test_move(
+    cache: Cache, kept: int, empty: int, merged: int, shared: bool, behind_kept: bool
+) -> None:
+    """Bit by bit: what belongs to the entries, and that nothing else in the caches changes.
+
+    A merged entry may stand behind a token that is kept, too, because it fills a spare slot.
+    """
+    generator = torch.Generator().manual_seed(cache.seed)
+    length, heads = cache.length, 1 if shared else cache.kv_heads
+    hypothesis.assume(length > 1)
+    kept = min(kept, length - 1)
+    merged = min(merged, length - kept, kept)
+    sources = []
+    for _ in range(cache.layers * heads):
+        order = torch.randperm(length, generator=generator)
+        # Twice the token, plus 1 for a merged entry that stands behind its last token.
+        last = order[:merged] if behind_kept else order[kept : kept + merged]
+        places = torch.cat([2 * order[:kept], 2 * last + 1])
+        which = torch.cat([order[:kept], length + torch.arange(merged)])
+        sources.append(which[places.argsort()])
+    front = torch.full((cache.layers * heads, min(empty, length - kept - merged)), -1)
+    rows = torch.cat([front, torch.stack(sources)], 1).to(DEVICE, torch.int32)
+    rows = rows.unflatten(0, (cache.layers, heads))
+    layers, expected = cache.made(), cache.made()
+    before = [layers.layer(index).rows(length) for index in range(cache.layers)]
+    size = (cache.layers, cache.kv_heads, merged, 2 * cache.head_size)
+    entries = torch.randn(size, generator=generator).to(DEVICE, cache.dtype)
+    move_reference(expected, rows, length, entries if merged else None)
+    move(layers, rows, length, entries if merged else None)
+    for ours, reference in zip(layers.caches, expected.caches, strict=True):
+        assert torch.equal(ours.view(torch.uint8), reference.view(torch.uint8))
+    for index in range(cache.layers):
+        everything = torch.cat([before[index], entries[index]], 1)
+        for head in range(cache.kv_heads):
+            moved = layers.layer(index).rows(length)[head, length - kept - merged :]
+            source = sources[index * heads + (0 if shared else head)].to(DEVICE)
+            assert torch.equal(moved.view(torch.uint8), everything[head, source].view(torch.uint8))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "interleaved", "audio_only"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if made(case).layers_alike], ids=lambda case: case[0]
+)
+def test_layers_are_decided_together_as_one_by_one(case: Case, layout: str) -> None:
+    """Kernels over all layers leave in the cache what PyTorch leaves layer by layer."""
+    policy, block = made(case), 4
+    modality = LAYOUTS[layout](23, 18, 5)
+    samples = [Sample(modality, seed, kv_heads=2) for seed in range(3)]
+    if not decides(policy, samples[0]):
+        return
+    length, prompt = len(modality), samples[0].prompt
+    for sample in samples:
+        sample.prompt = prompt
+    freed = (length - policy.entries(prompt.layout, LAYER)) // block
+    if freed < 1:
+        return
+    scores = [sample.scores(policy) for sample in samples]
+    layers = Cache(3, 2, WIDTH, block, torch.float32, length, 1).made()
+    for index, sample in enumerate(samples):
+        rows = torch.cat([sample.keys, sample.values], -1).to(DEVICE)
+        layers.layer(index).write(0, rows)
+    states = PagedStates(layers, length)
+    assert torch.equal(states.dense().key[1].cpu(), samples[1].keys)
+    prompt = type(prompt)(prompt.layout, prompt.modality.to(DEVICE), prompt.angles.to(DEVICE))
+    together = torch.stack(scores).to(DEVICE)
+    _, kept = policy.decide(together, states, prompt, LAYER, block, wait=False)
+    merged = None
+    if kept.merged is not None:
+        merged = torch.cat([kept.merged.key, kept.merged.value], -1)
+    move(layers, entry_sources(kept).int(), length, merged)
+    assert kept.freed_blocks == freed
+    fates = torch.zeros(3, 3)
+    for index, sample in enumerate(samples):
+        done = sample.compact(policy, scores[index], block, wait=False)
+        fates += done.kept.fates(sample.modality)
+        empty = int(torch.as_tensor(done.kept.empty_blocks))
+        all_freed = torch.as_tensor(kept.all_freed).expand(3)[index]
+        assert int(all_freed) == int(torch.as_tensor(done.kept.all_freed)) == freed + empty
+        rows = torch.cat([done.key, done.value], -1)[:, empty * block :]
+        ours = layers.layer(index).rows(length)[:, (freed + empty) * block :]
+        torch.testing.assert_close(ours.cpu(), rows)
+    torch.testing.assert_close(kept.fates(prompt.modality).cpu(), fates)
+
+
+def test_caches_of_one_form() -> None:
+    one = torch.zeros(3, HEADS, 16, 32)
+    with pytest.raises(ValueError, match="2 forms"):
+        PagedLayers([one, one[:2]], torch.zeros(3, dtype=torch.int32))
