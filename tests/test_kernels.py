@@ -7,15 +7,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 
-from vllm_acckv.kernels.move import move, move_reference
 from vllm_acckv.kernels.paged import PagedCache
 from vllm_acckv.kernels.score import observe, observe_reference
 from vllm_acckv.kernels.tables import LayerTables
@@ -35,8 +37,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEAD_SIZES = (16, 24, 64)
 # Examples are small, but the interpreter is slow: no search for the smallest one that fails.
 PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-4}
-"""Products of bf16 numbers are exact in fp32; what differs is the order of the sums."""
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+DTYPES = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, E4M3), (FP16, E5M2), (E4M3, E4M3)]
+"""Of queries and of keys."""
 
 
 def paged(
@@ -53,9 +57,70 @@ def paged(
     return PagedCache(blocks.to(DEVICE), table.to(DEVICE))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True, phases=PHASES)
-@hypothesis.given(
+@dataclass(frozen=True)
+class Observation:
+    """Rows of a prompt that pay attention to its keys, and what they pay."""
+
+    before: int
+    tokens: int
+    behind: int
+    kv_heads: int
+    group: int
+    head_size: int
+    block: int
+    weighted: bool
+    seed: int
+
+    @property
+    def length(self) -> int:
+        return self.before + self.tokens
+
+    def query(self, dtype: torch.dtype) -> torch.Tensor:
+        """As part of a fused projection."""
+        generator = torch.Generator().manual_seed(self.seed)
+        heads = self.kv_heads * self.group
+        fused = torch.randn(self.tokens, heads + 3, self.head_size, generator=generator)
+        return fused.to(DEVICE, dtype)[:, :heads]
+
+    def cache(self, dtype: torch.dtype) -> PagedCache:
+        return paged(self.length, self.kv_heads, self.head_size, self.block, dtype, self.seed)
+
+    def weights(self) -> Weights | None:
+        if not self.weighted:
+            return None
+        return Weights(lambda rows: (rows + 1).float(), lambda columns: 1 / (columns + 2.0))
+
+    def exact(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+        """fp64 ``[G, l + behind]`` of keys ``[G, l, D]``."""
+        columns = torch.arange(self.length, device=DEVICE)
+        rows = columns[self.before :, None]
+        grouped = query.double().unflatten(1, (self.kv_heads, -1))
+        logits = torch.einsum("nghd,gld->ghnl", grouped, key.double()) * scale
+        attention = logits.masked_fill(columns > rows, -torch.inf).softmax(-1).mean(1)
+        if self.weighted:
+            attention = attention * (rows + 1) / (columns + 2)
+        return torch.nn.functional.pad(attention.sum(1), (0, self.behind))
+
+    def check(
+        self, observe: Callable[..., None], dtypes: tuple[torch.dtype, torch.dtype], **options: Any
+    ) -> None:
+        """``observe`` adds to scores what the rows pay to the keys; FP8 keys have a scale."""
+        query, cache = self.query(dtypes[0]), self.cache(dtypes[1])
+        key_scale = 0.3 if dtypes[1].itemsize == 1 else 1.0
+        scale = self.head_size**-0.5
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = torch.rand(self.kv_heads, self.length + self.behind, generator=generator)
+        scores = scores.to(DEVICE)
+        key = cache.read(self.length)[0].double() * key_scale
+        expected = scores + self.exact(query, key, scale)
+        observe(scores, query, cache, self.before, scale * key_scale, self.weights(), **options)
+        # Products of numbers this short are exact in fp32; what differs is the order of the sums.
+        tolerance = 1e-5 if dtypes[1] is FP32 else 1e-4
+        torch.testing.assert_close(scores.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+OBSERVATIONS = st.builds(
+    Observation,
     before=st.integers(0, 150),
     tokens=st.integers(1, 40),
     behind=st.integers(0, 20),
@@ -66,32 +131,68 @@ def paged(
     weighted=st.booleans(),
     seed=st.integers(0, 99),
 )
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True, phases=PHASES)
+@hypothesis.given(observation=OBSERVATIONS)
 def test_observed_attention(
-    dtype: torch.dtype,
-    before: int,
-    tokens: int,
-    behind: int,
-    kv_heads: int,
-    group: int,
-    head_size: int,
-    block: int,
-    weighted: bool,
-    seed: int,
+    dtypes: tuple[torch.dtype, torch.dtype], observation: Observation
 ) -> None:
-    torch.manual_seed(seed)
-    cache = paged(before + tokens, kv_heads, head_size, block, dtype, seed)
-    # Queries come as part of a fused projection.
-    fused = torch.randn(tokens, kv_heads * group + 3, head_size).to(DEVICE, dtype)
-    query = fused[:, : kv_heads * group]
-    scores = torch.rand(kv_heads, before + tokens + behind, device=DEVICE)
-    weights = None
-    if weighted:
-        weights = Weights(lambda rows: (rows + 1).float(), lambda columns: 1 / (columns + 2.0))
-    expected = scores.clone()
-    observe_reference(expected, query, cache, before, head_size**-0.5, weights)
-    observe(scores, query, cache, before, head_size**-0.5, weights)
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(scores, expected, rtol=tolerance, atol=tolerance)
+    observation.check(observe_reference, dtypes)
+    observation.check(observe, dtypes)
+
+
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """What xformers calls on a GPU: output ``[1, n, H, D]``, log-sum-exp ``[1, H, n]``.
+
+    Heads of one group share keys ``[1, m, G, D]``, and the last query belongs to the last key.
+    """
+    from xformers.ops import fmha
+
+    *_, scale, causal = arguments
+    assert causal and options["window_left"] == options["window_right"] == -1
+    mask = fmha.attn_bias.LowerTriangularFromBottomRightMask()
+    key, value = (
+        part.float().repeat_interleave(query.shape[2] // key.shape[2], 2) for part in (key, value)
+    )
+    logits = torch.einsum("bnhd,bmhd->bhnm", query.float(), key) * scale
+    logits = logits + mask.materialize(logits.shape, torch.float32)
+    output = torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), value)
+    return output.to(query.dtype), logits.logsumexp(-1), None
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (FP16, E5M2), (E4M3, E4M3)], ids=str)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True, phases=PHASES)
+@hypothesis.given(observation=OBSERVATIONS)
+def test_xformers_first_pass(
+    dtypes: tuple[torch.dtype, torch.dtype], observation: Observation
+) -> None:
+    """xformers itself, down to the kernel it calls, which needs a GPU."""
+    fmha = pytest.importorskip("xformers.ops.fmha")
+    flash = fmha.flash.FwOp
+
+    def choose(inputs: Any, needs_gradient: bool) -> type:
+        reasons = flash.not_supported_reasons(inputs)
+        assert all(reason.startswith(("device=cpu", "bf16 is only")) for reason in reasons)
+        return flash
+
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            patch.setattr(fmha, "_dispatch_fw", choose)
+            patch.setattr(flash, "OPERATOR", flash_attention)
+        observation.check(observe, dtypes, first_pass="xformers")
+
+
+def test_without_xformers() -> None:
+    observation = Observation(9, 3, 0, 1, 1, 16, 16, False, 0)
+    with (
+        mock.patch.dict(sys.modules, {"xformers.ops": None}),
+        pytest.raises(ImportError, match=r"pip install 'vllm-acckv\[xformers\]'"),
+    ):
+        observation.check(observe, (FP32, FP32), first_pass="xformers")
 
 
 @hypothesis.settings(max_examples=20, deadline=None, derandomize=True, phases=PHASES)
@@ -134,56 +235,6 @@ def test_layer_tables(
             assert torch.equal(ours.blocks[layer, row, : len(whole)], whole)
 
 
-@hypothesis.settings(max_examples=20, deadline=None, derandomize=True, phases=PHASES)
-@hypothesis.given(
-    length=st.integers(2, 260),
-    kept=st.integers(1, 260),
-    empty=st.integers(0, 40),
-    merged=st.integers(0, 2),
-    kv_heads=st.integers(1, 8),
-    head_size=st.sampled_from(HEAD_SIZES),
-    block=st.sampled_from([16, 32, 128]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    seed=st.integers(0, 99),
-)
-def test_move(
-    length: int,
-    kept: int,
-    empty: int,
-    merged: int,
-    kv_heads: int,
-    head_size: int,
-    block: int,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    """Bit by bit: what belongs to the entries, and that nothing else in the cache changes."""
-    generator = torch.Generator().manual_seed(seed)
-    kept = min(kept, length - 1)  # a merged entry stands for a token that is gone
-    merged = min(merged, length - kept)
-    sources = []
-    for _ in range(kv_heads):
-        order = torch.randperm(length, generator=generator)
-        # Twice the token, plus 1 for a merged entry that stands behind its last token.
-        places = torch.cat([2 * order[:kept], 2 * order[kept : kept + merged] + 1])
-        which = torch.cat([order[:kept], length + torch.arange(merged)])
-        sources.append(which[places.argsort()])
-    front = torch.full((kv_heads, min(empty, length - kept - merged)), -1)
-    rows = torch.cat([front, torch.stack(sources)], 1).to(DEVICE, torch.int32)
-    cache = paged(length, kv_heads, head_size, block, dtype, seed)
-    entries = torch.randn(kv_heads, merged, 2 * head_size, generator=generator)
-    entries = entries.to(DEVICE, dtype)
-    expected = PagedCache(cache.blocks.clone(), cache.table)
-    before = cache.rows(length)
-    move_reference(expected, rows, length, entries if merged else None)
-    move(cache, rows, length, entries if merged else None)
-    assert torch.equal(cache.blocks, expected.blocks)
-    everything = torch.cat([before, entries], 1)
-    for head in range(kv_heads):
-        moved = cache.rows(length)[head, length - kept - merged :]
-        assert torch.equal(moved, everything[head, sources[head].to(DEVICE)])
-
-
 def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     """``make gpu-check`` compares small kernels, in the interpreter, and says so."""
     script = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
@@ -191,7 +242,7 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.startswith("no GPU, Triton's interpreter\n")
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())["gpu-check"]
     assert {check["what"] for check in results["checks"]} == {
         "observed attention",
         "entries moved in place",

@@ -7,6 +7,8 @@ more and adds up what the rows pay to each. Nothing of size rows x keys is ever 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,8 @@ _LOG2_E = 1.4426950408889634
 _PROGRAMS = 256
 _MAX_SPLITS = 64
 _ROWS, _COLUMNS = 64, 64
-# Triton's interpreter multiplies the bits of bf16 numbers as if they were integers.
+# Triton's interpreter multiplies the bits of bf16 numbers as if they were integers, and loses the
+# smallest FP8 numbers on their way to fp16, not to fp32.
 _UPCAST = triton.knobs.runtime.interpret
 
 
@@ -35,10 +38,10 @@ def observe_reference(
 
     Args:
         scores: fp32 ``[G, l]``, ``l >= first_row + n``; columns behind the rows stay as they are.
-        query: ``[n, H, D]`` rotated queries of consecutive tokens.
-        cache: keys of tokens ``0 .. first_row + n - 1``.
+        query: ``[n, H, D]`` rotated queries of consecutive tokens, FP8, fp16, bf16 or fp32.
+        cache: keys of tokens ``0 .. first_row + n - 1``, of the queries' dtype or FP8.
         first_row: position of ``query[0]``.
-        scale: softmax scale, times the scale of quantised keys.
+        scale: softmax scale, times the scales of quantised keys and queries.
         weights: factors on each probability (eq. 1 of AccKV).
     """
     length = first_row + len(query)
@@ -76,9 +79,12 @@ def _load_keys(
 def _logits(
     queries, keys, rows, columns, first_row, scale, HEADS: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Base-2 logits ``[ROWS, COLUMNS]`` under the causal mask."""
+    """Base-2 logits ``[ROWS, COLUMNS]`` under the causal mask, fp32."""
     if UPCAST:
         queries = queries.to(tl.float32)
+    elif queries.dtype.is_fp8():
+        # Hopper adds up products of FP8 numbers with less precision than fp32; bf16 holds them all.
+        queries = queries.to(tl.bfloat16)
     product = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee")
     seen = columns[None, :] <= (first_row + rows // HEADS)[:, None]
     return tl.where(seen, product * scale, float("-inf"))
@@ -163,6 +169,42 @@ def _column_sums(
     tl.store(at, tl.load(at, mask=present, other=0.0) + total, mask=present)
 
 
+def _log_sums_xformers(
+    query: torch.Tensor, cache: PagedCache, length: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first pass by xformers, for fp16, bf16 and FP8 queries on a GPU.
+
+    What it has for a causal mask and any number of tokens is FlashAttention, PyTorch's own unless
+    that package is installed. It cannot read blocks in which keys and values stand side by side, so
+    the keys are copied out of the cache; and it wants values, which are the keys once more.
+
+    Returns:
+        maxima, sums: fp32 ``[1, G, n * H / G]``, the base-2 log-sum-exp of each row, and ones.
+    """
+    try:
+        from xformers.ops import fmha
+    except ImportError as error:
+        raise ImportError(
+            "first_pass='xformers' needs xformers: pip install 'vllm-acckv[xformers]'"
+        ) from error
+    dtype = torch.bfloat16 if query.dtype.itemsize == 1 else query.dtype
+    blocks = cache.table[: triton.cdiv(length, cache.block_size)].long()
+    keys = cache.blocks[..., : cache.head_size][blocks].transpose(1, 2).flatten(0, 1)[:length]
+    # Queries [1, n, G, H / G, D], keys [1, length, G, H / G, D] without copying them for each head.
+    queries = query.to(dtype).unflatten(1, (cache.num_kv_heads, -1))[None]
+    keys = keys.to(dtype)[None, :, :, None].expand(-1, -1, -1, queries.shape[3], -1)
+    _, log_sums = fmha.memory_efficient_attention_partial(
+        queries,
+        keys,
+        keys,
+        attn_bias=fmha.attn_bias.LowerTriangularFromBottomRightMask(),
+        scale=scale,
+    )
+    # [1, G, H / G, n], natural logarithms
+    maxima = (log_sums * _LOG2_E).transpose(2, 3).flatten(2).contiguous()
+    return maxima, torch.ones_like(maxima)
+
+
 def observe(
     scores: torch.Tensor,
     query: torch.Tensor,
@@ -170,20 +212,20 @@ def observe(
     first_row: int,
     scale: float,
     weights: Weights | None = None,
+    first_pass: Literal["triton", "xformers"] = "triton",
 ) -> None:
     """:func:`observe_reference` in two kernels; arguments as there.
 
     Moves ``2 * G * m * D`` elements of the cache, ``m`` being the last row's position plus one.
+
+    Args:
+        first_pass: who computes the log-sum-exps. xformers moves at least ``4 * G * m * D``
+            elements for them, Triton ``G * m * D``.
     """
     num_tokens, num_heads, head_size = query.shape
     heads = num_heads // cache.num_kv_heads
     num_rows, num_columns = num_tokens * heads, first_row + num_tokens
-    row_tiles = triton.cdiv(num_rows, _ROWS)
-    splits = max(1, min(_PROGRAMS // (row_tiles * cache.num_kv_heads), _MAX_SPLITS))
-    tiles = triton.cdiv(num_columns, _COLUMNS)
-    split_columns = triton.cdiv(tiles, min(splits, tiles)) * _COLUMNS
-    splits = triton.cdiv(num_columns, split_columns)
-    maxima, sums = scores.new_empty(2, splits, cache.num_kv_heads, num_rows)
+    row_tiles, tiles = triton.cdiv(num_rows, _ROWS), triton.cdiv(num_columns, _COLUMNS)
     row_factors = column_factors = scores
     if weights is not None:
         positions = torch.arange(num_columns, device=scores.device)
@@ -199,10 +241,18 @@ def observe(
         "COLUMNS": _COLUMNS,
         "UPCAST": _UPCAST,
     }
-    _log_sums[(row_tiles, cache.num_kv_heads, splits)](
-        query, cache.blocks, cache.table, maxima, sums, num_rows, num_columns, split_columns,
-        first_row, scale * _LOG2_E, *strides, **shape,
-    )  # fmt: skip
+    if first_pass == "xformers":
+        maxima, sums = _log_sums_xformers(query, cache, num_columns, scale)
+    else:
+        splits = max(1, min(_PROGRAMS // (row_tiles * cache.num_kv_heads), _MAX_SPLITS))
+        split_columns = triton.cdiv(tiles, min(splits, tiles)) * _COLUMNS
+        splits = triton.cdiv(num_columns, split_columns)
+        maxima, sums = scores.new_empty(2, splits, cache.num_kv_heads, num_rows)
+        _log_sums[(row_tiles, cache.num_kv_heads, splits)](
+            query, cache.blocks, cache.table, maxima, sums, num_rows, num_columns, split_columns,
+            first_row, scale * _LOG2_E, *strides, **shape,
+        )  # fmt: skip
+    splits = len(maxima)
     _column_sums[(tiles, cache.num_kv_heads)](
         query, cache.blocks, cache.table, maxima, sums, scores, row_factors, column_factors,
         num_rows, num_columns, splits, first_row, scale * _LOG2_E, scores.stride(0), *strides,
