@@ -145,8 +145,7 @@ def test_scores_of_the_prompt_are_sums_again() -> None:
     sums = torch.rand(2, LENGTH)
     weights = policy.weights(LAYOUT)
     assert weights is not None
-    columns = torch.arange(LENGTH)
-    scores = sums * weights.columns(columns)
+    scores = sums * weights.columns
     positions = torch.arange(0, LENGTH, 3)[None]
     state = Eviction.after_prompt(policy, LAYOUT, scores, positions)
     torch.testing.assert_close(state.totals, sums[:, ::3])

@@ -88,7 +88,8 @@ class Observation:
     def weights(self) -> Weights | None:
         if not self.weighted:
             return None
-        return Weights(lambda rows: (rows + 1).float(), lambda columns: 1 / (columns + 2.0))
+        position = torch.arange(self.length, device=DEVICE)
+        return Weights(position + 1.0, 1 / (position + 2.0))
 
     def exact(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
         """fp64 ``[G, l + behind]`` of keys ``[G, l, D]``."""

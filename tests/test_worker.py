@@ -22,7 +22,7 @@ PROMPT = np.array([VIDEO] * 90 + [TEXT] * 10, dtype=np.int8)
 
 
 def request(name: str, plan: Plan) -> WorkerRequest:
-    return WorkerRequest(name, object(), plan, None, frozenset())
+    return WorkerRequest(name, object(), plan, None, None, frozenset())
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ chunked prefill simply add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +18,11 @@ class Weights:
     """Factor on each probability: one of its row times one of its column.
 
     Attributes:
-        rows, columns: map positions ``[n]`` to fp32 factors ``[n]``.
+        rows, columns: fp32 ``[l]``, by position.
     """
 
-    rows: Callable[[torch.Tensor], torch.Tensor]
-    columns: Callable[[torch.Tensor], torch.Tensor]
+    rows: torch.Tensor
+    columns: torch.Tensor
 
 
 # Largest number of attention probabilities held at once (fp32, so 64 MiB).
@@ -57,13 +56,14 @@ def observed_attention(
     step = max(1, _MAX_PROBABILITIES // (num_heads * num_keys))
     for start in range(0, num_rows, step):
         part = query[start : start + step].float()
-        rows = first_row + start + torch.arange(len(part), device=key.device)[:, None]
+        first = first_row + start
+        rows = torch.arange(first, first + len(part), device=key.device)[:, None]
         # [n, H, D] -> [G, n * H/G, D]: query heads of one group share its keys.
         grouped = part.unflatten(1, (num_kv_heads, -1)).movedim(1, 0)
         logits = (grouped.flatten(1, 2) @ keys).unflatten(1, grouped.shape[1:3]) * scale
         logits.masked_fill_((columns > rows)[None, :, None, :], float("-inf"))
         attention = logits.softmax(-1).mean(2)
         if weights is not None:
-            attention = attention * weights.rows(rows)
+            attention = attention * weights.rows[first : first + len(part), None]
         total += attention.sum(1)
-    return total if weights is None else total * weights.columns(columns)
+    return total if weights is None else total * weights.columns[:num_keys]

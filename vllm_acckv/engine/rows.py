@@ -62,6 +62,7 @@ class WorkerRequest:
         source: the runner's own object for the request; a new object means a new request.
         plan: the plan, equal to the scheduler's by construction.
         prompt: the compressed part of the prompt on the device, ``None`` if nothing is.
+        weights: the policy's factors on observed attention.
         observed: indices of the layers whose attention some layer's decision needs.
         scores: per layer index, fp32 ``[G, end]`` attention observed so far.
         waiting: names, indices and caches of successive layers to be decided together.
@@ -76,6 +77,7 @@ class WorkerRequest:
     source: Any
     plan: Plan
     prompt: Prompt | None
+    weights: Weights | None
     observed: frozenset[int]
     scores: dict[int, torch.Tensor] = field(default_factory=dict)
     waiting: list[tuple[str, int, PagedCache]] = field(default_factory=list)

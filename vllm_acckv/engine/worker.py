@@ -82,13 +82,15 @@ class PolicyWorker:
         plan = plan_request(
             source, self.policy, self.block_size, self.num_layers, self.hf_config, self.has_angles
         )
-        prompt, observed = None, frozenset[int]()
+        prompt = weights = None
+        observed = frozenset[int]()
         if plan.active:
             needed = angles(plan.end) if plan.policy.needs_angles else None
             prompt = Prompt.of(plan.layout, self.device, needed)
+            weights = plan.policy.weights(plan.layout, self.device)
             deciding = filter(plan.compacts, range(self.num_layers))
             observed = frozenset(plan.policy.score_layer(self._layer(index)) for index in deciding)
-        known = WorkerRequest(request_id, source, plan, prompt, observed)
+        known = WorkerRequest(request_id, source, plan, prompt, weights, observed)
         self.requests[request_id] = known
         return known
 
@@ -206,8 +208,7 @@ class PolicyWorker:
         if first == plan.first_query:
             heads = cache.num_kv_heads, plan.end
             request.scores[index] = torch.zeros(heads, device=self.device)
-        weights = plan.policy.weights(plan.layout)
-        cache.observe(request.scores[index], rows, first, scale, weights)
+        cache.observe(request.scores[index], rows, first, scale, request.weights)
 
     def _compact(
         self, request: WorkerRequest, layer_name: str, index: int, cache: PagedKV, last: bool

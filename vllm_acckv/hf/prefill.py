@@ -161,5 +161,5 @@ class Prefill:
         """Attention of the rows the policy observes, fp32 ``[G, end]``."""
         first = self.plan.first_query
         rows = call.query[0, :, self.padding + first : self.stop].transpose(0, 1)
-        weights = self.plan.policy.weights(self.plan.layout)
+        weights = self.plan.policy.weights(self.plan.layout, key.device)
         return observed_attention(rows, key, first, call.scale, weights)

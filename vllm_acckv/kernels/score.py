@@ -19,11 +19,16 @@ from vllm_acckv.scores import Weights, observed_attention
 _LOG2_E = 1.4426950408889634
 # Programs of the first pass: about two for each multiprocessor of a large GPU.
 _PROGRAMS = 256
-_MAX_SPLITS = 64
+_MAX_SPLITS = 32
 _ROWS, _COLUMNS = 64, 64
 # Triton's interpreter multiplies the bits of bf16 numbers as if they were integers, and loses the
 # smallest FP8 numbers on their way to fp16, not to fp32.
 _UPCAST = triton.knobs.runtime.interpret
+
+# Lengths must not compile a kernel anew, which takes seconds.
+_jit = triton.jit(
+    do_not_specialize=["num_rows", "num_columns", "num_splits", "split_columns", "first_row"]
+)
 
 
 def observe_reference(
@@ -90,7 +95,7 @@ def _logits(
     return tl.where(seen, product * scale, float("-inf"))
 
 
-@triton.jit
+@_jit
 def _log_sums(
     query, cache, table, maxima, sums, num_rows, num_columns, split_columns, first_row, scale,
     query_stride_token, query_stride_head, stride_block, stride_head, stride_slot,
@@ -124,7 +129,7 @@ def _log_sums(
     tl.store(sums + at, total, mask=rows < num_rows)
 
 
-@triton.jit
+@_jit
 def _column_sums(
     query, cache, table, maxima, sums, scores, row_factors, column_factors,
     num_rows, num_columns, num_splits, first_row, scale, scores_stride,
@@ -160,7 +165,7 @@ def _column_sums(
         real = rows < num_rows
         factor = tl.where(real, 1.0, 0.0) / (tl.where(real, denominator, 1.0) * HEADS)
         if WEIGHTED:
-            factor *= tl.load(row_factors + rows // HEADS, mask=real, other=0.0)
+            factor *= tl.load(row_factors + first_row + rows // HEADS, mask=real, other=0.0)
         total += tl.sum(attention * factor[:, None], 0)
     present = columns < num_columns
     if WEIGHTED:
@@ -228,9 +233,7 @@ def observe(
     row_tiles, tiles = triton.cdiv(num_rows, _ROWS), triton.cdiv(num_columns, _COLUMNS)
     row_factors = column_factors = scores
     if weights is not None:
-        positions = torch.arange(num_columns, device=scores.device)
-        row_factors = weights.rows(positions[first_row:])
-        column_factors = weights.columns(positions)
+        row_factors, column_factors = weights.rows, weights.columns
     strides = (*query.stride()[:2], *cache.blocks.stride()[:3])
     shape = {
         "HEADS": heads,
@@ -256,5 +259,5 @@ def observe(
     _column_sums[(tiles, cache.num_kv_heads)](
         query, cache.blocks, cache.table, maxima, sums, scores, row_factors, column_factors,
         num_rows, num_columns, splits, first_row, scale * _LOG2_E, scores.stride(0), *strides,
-        **shape, SPLITS=triton.next_power_of_2(splits), WEIGHTED=weights is not None,
+        **shape, SPLITS=_MAX_SPLITS, WEIGHTED=weights is not None,
     )  # fmt: skip

@@ -17,7 +17,8 @@ import triton.language as tl
 from vllm_acckv.kernels.paged import PagedLayers, rows_of
 from vllm_acckv.states import DenseStates
 
-_TOKENS = 64
+# Numbers of a tile of rows: 64 registers of each thread.
+_TILE = 8192
 # Programs of a launch: some for each multiprocessor of a large GPU.
 _PROGRAMS = 1024
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -168,38 +169,40 @@ class PagedStates:
         numbers = torch.arange(1, number + 1, dtype=torch.int8, device=groups.device)
         group = (groups * numbers[:, None]).sum(-2, dtype=torch.int8) - 1
         shares = 1 / groups.sum(-1).clamp(min=1)
-        parts, part_tokens = self._parts()
+        shape = self._shape(width, angles)
+        parts, part_tokens = self._parts(shape["TOKENS"])
         padded = triton.next_power_of_2(number)
         out = shares.new_empty(*self._heads, parts, padded, width)
         group, shares = self._by_head(group), self._by_head(shares)
         _means[(out.shape[0] * out.shape[1], parts)](
             *self._pointers(angles), group, shares, out, self.length, part_tokens, *self._strides,
             *group.stride()[:2], *shares.stride()[:2],
-            **self._shape(width, angles), GROUPS=padded,
+            **shape, GROUPS=padded,
         )  # fmt: skip
         keys, values = out.sum(2)[:, :, :number].split(self.layers.head_size, -1)
         return keys, values
 
     def directions(self, tokens: torch.Tensor, angles: torch.Tensor | None = None) -> torch.Tensor:
         width = self.layers.head_size
-        parts, part_tokens = self._parts()
+        shape = self._shape(width, angles)
+        parts, part_tokens = self._parts(shape["TOKENS"])
         out = torch.empty(*self._heads, parts, width, device=tokens.device)
         tokens = self._by_head(tokens)
         _directions[(out.shape[0] * out.shape[1], parts)](
             *self._pointers(angles), tokens, out, self.length, part_tokens, *self._strides,
-            *tokens.stride()[:2], **self._shape(width, angles),
+            *tokens.stride()[:2], **shape,
         )  # fmt: skip
         return out.sum(2)
 
     def similarities(
         self, direction: torch.Tensor, tokens: torch.Tensor, angles: torch.Tensor | None = None
     ) -> torch.Tensor:
-        width = self.layers.head_size
+        shape = self._shape(self.layers.head_size, angles)
         out = torch.empty(*self._heads, self.length, device=tokens.device)
         tokens = self._by_head(tokens)
-        _similarities[(out.shape[0] * out.shape[1], triton.cdiv(self.length, _TOKENS))](
+        _similarities[(out.shape[0] * out.shape[1], triton.cdiv(self.length, shape["TOKENS"]))](
             *self._pointers(angles), tokens, direction.contiguous(), out, self.length,
-            *self._strides, *tokens.stride()[:2], **self._shape(width, angles),
+            *self._strides, *tokens.stride()[:2], **shape,
         )  # fmt: skip
         return out
 
@@ -211,11 +214,11 @@ class PagedStates:
         """``[..., S, n]`` as ``[layers, G, n]``, contiguous in ``n``, without copying heads."""
         return rows.contiguous().expand(*self._heads, rows.shape[-1])
 
-    def _parts(self) -> tuple[int, int]:
-        """How many parts of the prompt are summed apart, and the tokens of each."""
-        tiles = triton.cdiv(self.length, _TOKENS)
+    def _parts(self, tile: int) -> tuple[int, int]:
+        """How many parts of the prompt are summed apart, and the tokens of each: whole tiles."""
+        tiles = triton.cdiv(self.length, tile)
         parts = max(1, min(_PROGRAMS // (len(self.layers) * self.layers.num_kv_heads), tiles))
-        part_tokens = triton.cdiv(tiles, parts) * _TOKENS
+        part_tokens = triton.cdiv(tiles, parts) * tile
         return triton.cdiv(self.length, part_tokens), part_tokens
 
     def _pointers(self, angles: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -228,10 +231,12 @@ class PagedStates:
         return self.layers.num_kv_heads, *self.layers.caches[0].stride()[:3]
 
     def _shape(self, width: int, angles: torch.Tensor | None) -> dict[str, Any]:
+        dims = max(16, triton.next_power_of_2(width))
+        tokens = _TILE // dims
         return {
             "WIDTH": width,
-            "DIMS": max(16, triton.next_power_of_2(width)),
+            "DIMS": dims,
             "HALF": 0 if angles is None else angles.shape[1],
             "BLOCK": self.layers.block_size,
-            "TOKENS": _TOKENS,
+            "TOKENS": tokens if angles is None else tokens // 4,  # cosines, sines, partners
         }

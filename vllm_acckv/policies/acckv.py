@@ -160,16 +160,15 @@ class AccKV(Policy):
     def first_query(self, layout: Layout) -> int:
         return layout.text_start
 
-    def weights(self, layout: Layout) -> Weights | None:
+    def weights(self, layout: Layout, device: torch.device | None = None) -> Weights | None:
         """Attention redistribution, eq. 1. ``visible`` undoes the bias that the summed rows
         really have: every audio-video column is seen by all of them (erratum E2)."""
         if self.redistribution == "off":
             return None
         floor = layout.text_start if self.redistribution == "visible" else 0
-        return Weights(
-            rows=lambda rows: (rows + 1).float(),
-            columns=lambda columns: 1 / (layout.length - columns.clamp(min=floor)).float(),
-        )
+        position = torch.arange(layout.length, device=device)
+        seen_by = layout.length - position.clamp(min=floor)
+        return Weights(rows=(position + 1).float(), columns=1 / seen_by.float())
 
     def select(
         self,

@@ -203,7 +203,7 @@ class Policy(pydantic.BaseModel):
 
     # On the device, without waiting for it
 
-    def weights(self, layout: Layout) -> Weights | None:
+    def weights(self, layout: Layout, device: torch.device | None = None) -> Weights | None:
         """Factor on each observed probability, see :func:`vllm_acckv.scores.observed_attention`."""
         return None
 

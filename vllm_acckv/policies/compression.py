@@ -216,7 +216,7 @@ def _observed(
         )
     rows = queries[:, queries.shape[1] - needed :].movedim(0, 1)
     factor = width**-0.5 if scale is None else scale
-    return observed_attention(rows, keys, first, factor, policy.weights(layout))
+    return observed_attention(rows, keys, first, factor, policy.weights(layout, keys.device))
 
 
 def _too_little(policy: Policy, layout: Layout, layer: Layer, block_size: int | None) -> bool:

@@ -45,13 +45,11 @@ class H2O(Policy):
     def first_query(self, layout: Layout) -> int:
         return 0
 
-    def weights(self, layout: Layout) -> Weights | None:
+    def weights(self, layout: Layout, device: torch.device | None = None) -> Weights | None:
         if not self.normalize:
             return None
-        return Weights(
-            rows=lambda rows: torch.ones_like(rows, dtype=torch.float32),
-            columns=lambda columns: 1 / (layout.length - columns).float(),
-        )
+        seen_by = torch.arange(layout.length, 0, -1, device=device).float()
+        return Weights(rows=torch.ones_like(seen_by), columns=1 / seen_by)
 
     def recent(self, size: int) -> int:
         """Entries of ``size`` that go to the latest tokens."""

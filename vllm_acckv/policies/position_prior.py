@@ -31,7 +31,7 @@ class PositionPrior(AccKV):
     def first_query(self, layout: Layout) -> int:
         return layout.length
 
-    def weights(self, layout: Layout) -> Weights | None:
+    def weights(self, layout: Layout, device: torch.device | None = None) -> Weights | None:
         return None
 
     def select(

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile every kernel for some GPUs, on a machine that needs none; a process of its own, because
+Triton decides while a function is defined whether it will be interpreted.
+
+Prints a JSON object per kernel and kind of GPU: its name, the kind, bytes of shared memory, and
+bytes of registers that spilled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from vllm_acckv.kernels.move import move
+from vllm_acckv.kernels.paged import PagedCache, PagedLayers
+from vllm_acckv.kernels.score import observe
+from vllm_acckv.kernels.states import PagedStates
+from vllm_acckv.kernels.tables import LayerTables
+from vllm_acckv.scores import Weights
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+# Query heads, KV heads, head size: Qwen2.5-Omni-7B, and a width that is no power of two.
+SHAPES = [(28, 4, 128), (4, 2, 80)]
+LENGTH, BLOCK = 100, 16
+Launch = tuple[JITFunction, dict[str, str], dict[str, Any]]
+
+
+def signature(kernel: JITFunction, args: tuple[Any, ...], named: dict[str, Any]) -> Launch:
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
+    constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    types = {}
+    for name, value in values.items():
+        if name in constants:
+            types[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            types[name] = TYPES[value.dtype]
+        else:
+            types[name] = "fp32" if isinstance(value, float) else "i32"
+    return kernel, types, constants
+
+
+def launches(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int) -> list[Launch]:
+    """What the functions of ``vllm_acckv.kernels`` would launch."""
+    noted: list[Launch] = []
+
+    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        noted.append(signature(kernel, args, named))
+
+    JITFunction.run, original = note, JITFunction.run
+    try:
+        table = torch.arange(9, dtype=torch.int32)
+        caches = [torch.zeros(9, kv_heads, BLOCK, 2 * head_size).to(dtype) for _ in range(3)]
+        layers = PagedLayers(caches, table)
+        query_dtype = dtype if dtype.itemsize > 1 else torch.bfloat16
+        query = torch.zeros(10, heads, head_size, dtype=query_dtype)
+        scores, ones = torch.zeros(kv_heads, LENGTH), torch.ones(LENGTH)
+        for weights in (None, Weights(ones, ones)):
+            observe(scores, query, PagedCache(caches[0], table), 90, 1.0, weights)
+        states = PagedStates(layers, LENGTH)
+        tokens = torch.ones(3, 1, LENGTH, dtype=torch.bool)
+        direction = torch.zeros(3, kv_heads, head_size)
+        for angles in (None, torch.zeros(LENGTH, head_size // 2)):
+            states.means(tokens[:, :, None].expand(-1, -1, 2, -1), angles)
+            states.directions(tokens, angles)
+            states.similarities(direction, tokens, angles)
+        merged = torch.zeros(3, kv_heads, 2, 2 * head_size).to(dtype)
+        move(layers, torch.zeros(3, 1, 50, dtype=torch.int32), LENGTH, merged)
+        tables = LayerTables(3, 8, 9, BLOCK, torch.device("cpu"))
+        lengths = torch.ones(4, dtype=torch.int32)
+        tables.refresh(table.expand(4, -1), lengths, torch.arange(4))
+    finally:
+        JITFunction.run = original
+    return noted
+
+
+def spilled(cubin: bytes) -> int:
+    """Bytes of local memory of each thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(map(int, re.findall(r"STACK:(\d+)", usage)))
+
+
+def main() -> None:
+    capability, names = int(sys.argv[1]), sys.argv[2:]
+    for name in names:
+        for shape in SHAPES:
+            for kernel, types, constants in launches(getattr(torch, name), *shape):
+                source = ASTSource(kernel, types, constants)
+                made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+                what = {"kernel": kernel.__name__, "dtype": name, "heads": shape}
+                shared = made.metadata.shared
+                print(json.dumps({**what, "shared": shared, "stack": spilled(made.asm["cubin"])}))
+
+
+if __name__ == "__main__":
+    main()
