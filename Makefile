@@ -5,6 +5,7 @@
 #   make demo                     serve a tiny model, compare AccKV with the full cache
 #   make test                     linters, types, tests
 #   make gpu-check                kernels and engines on this machine's GPU: are they right?
+#   make gpu-bench                and how fast, next to what is possible? 8 minutes
 #   make oracles                  the environment of kvpress, which the tests compare with
 #   make clean                    remove what these leave behind, except the environments
 #
@@ -14,6 +15,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +25,7 @@ EXTRA ?= $(or $(patsubst $(VENV)/.setup-%,%,$(firstword $(MADE))),cpu)
 STAMP := $(VENV)/.setup-$(EXTRA)
 KVPRESS := .venv-kvpress
 
-.PHONY: setup oracles demo test gpu-check clean
+.PHONY: setup oracles demo test gpu-check gpu-bench clean
 
 setup: $(STAMP)
 
@@ -54,6 +56,9 @@ test: setup oracles
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py --output docs/results-gpu.json
+
+gpu-bench: setup
+	$(BIN)/python benchmarks/gpu_bench.py $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,23 +5,25 @@
 
 Needs nothing but vLLM and this checkout: no network, no weights. Kernels run at the shapes of
 Qwen2.5-Omni-7B and of a Vicuna-7B decoder; engines serve the tiny model with each attention
-backend. Prints a table and ends with status 1 if something is wrong. Without a GPU, small kernels
-run in Triton's interpreter and no engine is started.
+backend, and must not wait for the device more often than stock vLLM does. Prints a table and ends
+with status 1 if something is wrong. Without a GPU, small kernels run in Triton's interpreter and no
+engine is started.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from gpu_report import merge
 
 if TYPE_CHECKING:
     from tests.engines import Trace
@@ -30,19 +32,23 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 BLOCK = 16
 
+# By kind of step, for each step: where in the code the host waited for the device.
+Waits = dict[str, list[list[str]]]
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one layer: query heads, KV heads, head size."""
+    """Attention: query heads, KV heads, head size; how many layers there are."""
 
     name: str
     heads: int
     kv_heads: int
     head_size: int
+    layers: int
 
 
-SHAPES = (Shape("Qwen2.5-Omni-7B", 28, 4, 128), Shape("Vicuna-7B", 32, 32, 128))
-SMALL = (Shape("small", 6, 2, 24),)
+SHAPES = (Shape("Qwen2.5-Omni-7B", 28, 4, 128, 28), Shape("Vicuna-7B", 32, 32, 128, 32))
+SMALL = (Shape("small", 6, 2, 24, 2),)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def exact_scores(
 
 def kernel_checks(device: str) -> Iterator[Check]:
     from vllm_acckv.kernels.move import move, move_reference
-    from vllm_acckv.kernels.paged import PagedCache
+    from vllm_acckv.kernels.paged import PagedLayers
     from vllm_acckv.kernels.score import observe
 
     shapes, lengths = (SHAPES, (1000, 16384)) if device == "cuda" else (SMALL, (100,))
@@ -108,12 +114,12 @@ def kernel_checks(device: str) -> Iterator[Check]:
                 error = ((scores - exact).abs() / exact.clamp(min=1e-12))[:, :first].max()
                 yield Check("observed attention", where, float(error), 1e-3)
 
-                order = torch.rand(shape.kv_heads, length, device=device).argsort(1)
-                sources = order[:, : length // 5].sort(1).values.int()
-                expected = PagedCache(cache.blocks.clone(), cache.table)
-                move_reference(expected, sources, length)
-                move(cache, sources, length)
-                differ = (cache.blocks != expected.blocks).any(-1).float().mean()
+                order = torch.rand(1, shape.kv_heads, length, device=device).argsort(-1)
+                sources = order[..., : length // 5].sort(-1).values.int()
+                expected = cache.blocks.clone()
+                move_reference(PagedLayers([expected], cache.table), sources, length)
+                move(PagedLayers([cache.blocks], cache.table), sources, length)
+                differ = (cache.blocks != expected).any(-1).float().mean()
                 yield Check("entries moved in place", where, float(differ), 0.0)
 
 
@@ -151,21 +157,34 @@ def engine_checks(folder: Path) -> Iterator[Check]:
     ]
     plain = [Ask(one.messages, max_tokens=24) for one in asks]
 
-    def run(asks: list[Ask], policy: str | None, **options: Any) -> Trace:
+    def run(asks: list[Ask], policy: str | None, **options: Any) -> tuple[Trace, Waits]:
         config = {"additional_config": {"kv_policy": policy}} if policy else {}
-        environment = {} if policy else WITHOUT_PLUGIN
+        environment = {**({} if policy else WITHOUT_PLUGIN), "VLLM_GPU_SYNC_CHECK": "warn"}
         with Engine(model, environment, **config, **options, max_num_batched_tokens=128) as engine:
-            return engine.run(*asks, arrive=[0, 0, 2, 5])
+            return engine.run(*asks, arrive=[0, 0, 2, 5]), engine.call("waits", asks)
 
     for backend, dtype in (("TRITON_ATTN", "float32"), ("FLASH_ATTN", "bfloat16")):
         options = {"attention_backend": backend, "dtype": dtype, "enforce_eager": False}
-        graphs = run(asks, "acckv", **options)
+        graphs, ours = run(asks, "acckv", **options)
         freed = graphs.counters.get("freed_blocks", 0) > 0
         yield Check("blocks came back", backend, float(not freed), 0.0)
-        eager = run(asks, "acckv", **{**options, "enforce_eager": True})
+        eager, _ = run(asks, "acckv", **{**options, "enforce_eager": True})
         yield Check("CUDA graphs", backend, differing(graphs, eager), 0.0)
-        stock, full = run(plain, None, **options), run(plain, "full", **options)
+        stock, stocks = run(plain, None, **options)
+        full, fulls = run(plain, "full", **options)
         yield Check("full is stock", backend, differing(full, stock), 0.0)
+        for kind, others, name in (("decode", stocks, "stock"), ("prefill", fulls, "full")):
+            what = f"waits per {kind} step beyond those of {name}"
+            yield Check(what, backend, more_waits(ours[kind], others[kind]), 0.0)
+
+
+def more_waits(ours: list[list[str]], theirs: list[list[str]]) -> float:
+    """By how many a step's waits exceed those of the other engine, on average; says where."""
+    one, other = (sum(map(len, steps)) / len(steps) for steps in (ours, theirs))
+    if one > other:
+        places = Counter(place for step in ours for place in step)
+        print("waits for the device:", dict(places), file=sys.stderr)
+    return max(0.0, one - other)
 
 
 def table(machine: str, checks: list[Check]) -> str:
@@ -179,7 +198,7 @@ def table(machine: str, checks: list[Check]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, help="JSON file to write the results to")
+    parser.add_argument("--output", type=Path, help="JSON file to add the results to")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     cuda = torch.cuda.is_available()
@@ -195,7 +214,7 @@ def main() -> None:
     print(table(machine, checks))
     if arguments.output is not None:
         results = [{**asdict(check), "passed": check.passed} for check in checks]
-        arguments.output.write_text(json.dumps({"machine": machine, "checks": results}, indent=1))
+        merge(arguments.output, "gpu-check", {"machine": machine, "checks": results})
     sys.exit(0 if all(check.passed for check in checks) else 1)
 
 

@@ -276,6 +276,34 @@ class Host:
             _by_name(preemptions),
         )
 
+    def waits(self, asks: list[Ask]) -> dict[str, list[list[str]]]:
+        """Where the model runner waits for the GPU in each ``decode`` step, and in each ``prefill``
+        step, which computes a prompt. Needs ``VLLM_GPU_SYNC_CHECK=warn``: vLLM then arms
+        ``torch.cuda.set_sync_debug_mode`` around its worker."""
+        import warnings
+
+        from vllm.utils import gpu_sync_debug
+
+        from vllm_acckv.engine.worker import current_worker
+
+        assert gpu_sync_debug._sync_check_enabled, "vLLM does not look for waits"
+        if self.policy:
+            current_worker().records = None  # type: ignore[union-attr]  # recording waits
+        found: dict[str, list[list[str]]] = {"decode": [], "prefill": []}
+        for number, ask in enumerate(asks):
+            self.add(ask, f"w{number}")
+        while self.engine.has_unfinished_requests():
+            requests = self.scheduler.requests.values()
+            decode = all(one.num_computed_tokens >= one.num_prompt_tokens for one in requests)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.engine.step()
+            places = [
+                f"{one.filename}:{one.lineno}" for one in caught if "synchron" in str(one.message)
+            ]
+            found["decode" if decode else "prefill"].append(places)
+        return found
+
 
 def _disable(target: str) -> None:
     """Make ``module:path`` do nothing but return its argument, as if somebody had undone it."""

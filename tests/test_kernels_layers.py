@@ -23,10 +23,10 @@ from tests.test_policy_invariants import (
     decides,
     made,
 )
+from vllm_acckv.kernels.compact import compact, warm_up
 from vllm_acckv.kernels.move import move, move_reference
 from vllm_acckv.kernels.paged import PagedLayers
 from vllm_acckv.kernels.states import PagedStates
-from vllm_acckv.movement import entry_sources
 
 __all__ = ["interpreter"]  # a fixture of this module, too
 
@@ -193,15 +193,11 @@ def test_layers_are_decided_together_as_one_by_one(case: Case, layout: str) -> N
     for index, sample in enumerate(samples):
         rows = torch.cat([sample.keys, sample.values], -1).to(DEVICE)
         layers.layer(index).write(0, rows)
-    states = PagedStates(layers, length)
-    assert torch.equal(states.dense().key[1].cpu(), samples[1].keys)
+    dense = PagedStates(layers, length).dense()
+    assert torch.equal(dense.key[1].cpu(), samples[1].keys)
     prompt = type(prompt)(prompt.layout, prompt.modality.to(DEVICE), prompt.angles.to(DEVICE))
     together = torch.stack(scores).to(DEVICE)
-    _, kept = policy.decide(together, states, prompt, LAYER, block, wait=False)
-    merged = None
-    if kept.merged is not None:
-        merged = torch.cat([kept.merged.key, kept.merged.value], -1)
-    move(layers, entry_sources(kept).int(), length, merged)
+    _, kept = compact(policy, together, layers, prompt, LAYER, block)
     assert kept.freed_blocks == freed
     fates = torch.zeros(3, 3)
     for index, sample in enumerate(samples):
@@ -214,6 +210,16 @@ def test_layers_are_decided_together_as_one_by_one(case: Case, layout: str) -> N
         ours = layers.layer(index).rows(length)[:, (freed + empty) * block :]
         torch.testing.assert_close(ours.cpu(), rows)
     torch.testing.assert_close(kept.fates(prompt.modality).cpu(), fates)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_warm_up(case: Case) -> None:
+    """Runs for every policy, and touches no other block than the first."""
+    layers = Cache(3, 2, 16, 16, torch.bfloat16, 40, 0).made()
+    before = [cache.clone() for cache in layers.caches]
+    warm_up(made(case), layers.caches, 4, torch.bfloat16, 32)
+    for cache, old in zip(layers.caches, before, strict=True):
+        assert torch.equal(cache[1:], old[1:])
 
 
 def test_caches_of_one_form() -> None:

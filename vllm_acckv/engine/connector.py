@@ -136,6 +136,14 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._verified = verify_layers(self._vllm_config, self._kv_cache_config)
+        assert self._worker is not None
+        if self._worker.device.type == "cuda":
+            from vllm_acckv.kernels.compact import warm_up
+
+            model = self._vllm_config.model_config
+            heads = model.get_num_attention_heads(self._vllm_config.parallel_config)
+            caches = list(kv_caches.values())
+            warm_up(self.policy, caches, heads, model.dtype, self._worker.block_size)
 
     def get_handshake_metadata(self) -> LayersVerified:
         assert self._worker is not None

@@ -19,7 +19,6 @@ from vllm_acckv.engine.readback import Readback, record
 from vllm_acckv.engine.requests import plan_request
 from vllm_acckv.engine.rows import Finished, PagedKV, Row, WorkerRequest
 from vllm_acckv.metrics import RequestReport
-from vllm_acckv.movement import entry_sources
 from vllm_acckv.policies.base import Layer, Policy, Prompt
 from vllm_acckv.selection import Kept, Selection
 
@@ -236,9 +235,8 @@ class PolicyWorker:
     def _compact_waiting(self, request: WorkerRequest) -> Finished:
         """Decide for all layers that wait, and move their entries in one launch."""
         # Not at the top: Triton is not needed where there is no GPU.
-        from vllm_acckv.kernels.move import move
+        from vllm_acckv.kernels.compact import compact
         from vllm_acckv.kernels.paged import PagedLayers
-        from vllm_acckv.kernels.states import PagedStates
 
         assert request.prompt is not None
         plan, (names, indices, caches) = request.plan, zip(*request.waiting, strict=True)
@@ -249,15 +247,11 @@ class PolicyWorker:
         else:
             shape = len(layers), layers.num_kv_heads, plan.end
             scores = torch.zeros(shape, device=self.device)
-        states = PagedStates(layers, plan.end)
-        selection, kept = plan.policy.decide(
-            scores, states, request.prompt, self._layer(indices[0]), self.block_size, wait=False
+        first = self._layer(indices[0])
+        selection, kept = compact(
+            plan.policy, scores, layers, request.prompt, first, self.block_size
         )
         self._check(request, names[0], indices[0], kept)
-        merged = None
-        if kept.merged is not None:
-            merged = torch.cat([kept.merged.key, kept.merged.value], -1)
-        move(layers, entry_sources(kept).int(), plan.end, merged)
         request.fates = request.fates + kept.fates(request.prompt.modality)
         for place, name in enumerate(names):
             self._record(request, name, selection, kept, layers.num_kv_heads, place)

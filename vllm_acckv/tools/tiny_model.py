@@ -139,6 +139,17 @@ def build(directory: Path, **arguments: int) -> Path:
     return directory
 
 
+def write_shape(directory: Path, recipe: Recipe, **text_config: int) -> Path:
+    """Write everything but weights, for vLLM's ``load_format="dummy"``; return `directory`.
+
+    Towers stay tiny. `text_config` overrides the decoder's own settings, so that it can have the
+    shape of a real model; a larger `vocab_size` leaves the tokenizer as it is.
+    """
+    directory.mkdir(parents=True)
+    _write_settings(directory, recipe, text_config)
+    return directory
+
+
 def load_thinker(directory: Path) -> "Qwen2_5OmniThinkerForConditionalGeneration":
     """The checkpoint in transformers: float32, eager attention, evaluation mode."""
     cpu_media.fix()
@@ -155,10 +166,18 @@ def load_thinker(directory: Path) -> "Qwen2_5OmniThinkerForConditionalGeneration
 
 
 def _write_checkpoint(directory: Path, recipe: Recipe) -> None:
+    config, num_text_tokens = _write_settings(directory, recipe, {})
+    weights = _random_weights(_thinker_config(config), recipe, num_text_tokens)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_settings(directory: Path, recipe: Recipe, text_config: dict) -> tuple[dict, int]:
+    """Tokenizer, processors and configuration; the latter, and how many tokens are text."""
     cpu_media.fix()
     tokenizer = _train_tokenizer(recipe)
     tokenizer.save_pretrained(directory)
     config = _config(recipe, tokenizer)
+    config["thinker_config"]["text_config"].update(text_config)
     _write_json(directory / "config.json", config)
     _write_json(directory / "preprocessor_config.json", _preprocessor_config(recipe))
     eos = [tokenizer.eos_token_id, tokenizer.pad_token_id]
@@ -166,9 +185,7 @@ def _write_checkpoint(directory: Path, recipe: Recipe) -> None:
         directory / "generation_config.json",
         {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id},
     )
-    num_text_tokens = len(tokenizer) - len(SPECIAL_TOKENS)
-    weights = _random_weights(_thinker_config(config), recipe, num_text_tokens)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return config, len(tokenizer) - len(SPECIAL_TOKENS)
 
 
 def _write_json(path: Path, content: dict) -> None:
