@@ -8,17 +8,17 @@ call that launches it, or why it cannot run here, and name it in ``KERNELS``.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
-from gpu_check import SHAPES, SMALL, Shape, paged
+from gpu_check import BLOCK, SHAPES, SMALL, Shape, paged
 from gpu_figures import Result
 
 if TYPE_CHECKING:
@@ -59,15 +59,10 @@ def make_case(shape: Shape, length: int, device: str) -> Case:
 Work = tuple[int, Callable[[], Any]]
 
 
-def observed(first_pass: str, case: Case) -> Work | str:
+def observed(first_pass: Literal["triton", "xformers"], case: Case) -> Work | str:
     """Of one layer: the keys are read once in each of the two passes."""
     from vllm_acckv.kernels.score import observe
 
-    options: dict[str, Any] = {}
-    if "first_pass" in inspect.signature(observe).parameters:
-        options["first_pass"] = first_pass
-    elif first_pass != "triton":
-        return "observe has no first_pass"
     if first_pass == "xformers" and importlib.util.find_spec("xformers") is None:
         return "xformers is not installed"
     cache = case.layers.layer(0)
@@ -75,7 +70,7 @@ def observed(first_pass: str, case: Case) -> Work | str:
     scale, first = case.shape.head_size**-0.5, case.length - ROWS
 
     def call() -> None:
-        observe(scores, case.query, cache, first, scale, **options)
+        observe(scores, case.query, cache, first, scale, first_pass=first_pass)
 
     return case.length * case.token_bytes, call
 
@@ -91,10 +86,33 @@ def moved(case: Case) -> Work:
     return moved_bytes, partial(move, case.layers, sources, case.length)
 
 
+def compacted(case: Case) -> Work:
+    """Of all layers, by AccKV: tokens that are merged are read once, heavy hitters twice or thrice
+    (keys for their direction or similarity, and to move them), and entries written once. Sorting
+    is not counted."""
+    from vllm_acckv.kernels.compact import compact
+    from vllm_acckv.policies.acckv import AccKV
+    from vllm_acckv.policies.base import Layer, Prompt
+    from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
+
+    clip = case.length - ROWS
+    modality = np.repeat(
+        np.array([VIDEO, AUDIO, TEXT], np.int8), [clip - clip // 4, clip // 4, ROWS]
+    )
+    prompt = Prompt.of(Layout(modality), case.device)
+    policy = AccKV(budget=BUDGET, tau=-1.0)
+    scores = torch.rand(case.shape.layers, case.shape.kv_heads, case.length, device=case.device)
+    kept = policy.entries(prompt.layout, Layer())
+    moved_bytes = case.shape.layers * case.token_bytes * (case.length + round(1.5 * kept))
+    arguments = (policy, scores, case.layers, prompt, Layer(), BLOCK)
+    return moved_bytes, partial(compact, *arguments)
+
+
 KERNELS: dict[str, Callable[[Case], Work | str]] = {
     "attention of one layer, first pass in Triton": partial(observed, "triton"),
     "attention of one layer, first pass of xformers": partial(observed, "xformers"),
     "entries of all layers moved in place": moved,
+    "all layers compacted by AccKV": compacted,
 }
 
 
