@@ -87,9 +87,8 @@ def moved(case: Case) -> Work:
 
 
 def compacted(case: Case) -> Work:
-    """Of all layers, by AccKV: tokens that are merged are read once, heavy hitters twice or thrice
-    (keys for their direction or similarity, and to move them), and entries written once. Sorting
-    is not counted."""
+    """Of all layers: merged tokens are read once; of heavy hitters the keys, for their direction or
+    similarity, and then everything, which is written as well. Sorting is not counted."""
     from vllm_acckv.kernels.compact import compact
     from vllm_acckv.policies.acckv import AccKV
     from vllm_acckv.policies.base import Layer, Prompt
