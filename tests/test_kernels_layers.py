@@ -5,6 +5,7 @@ entries that move to their slots."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -27,6 +28,9 @@ from vllm_acckv.kernels.compact import compact, warm_up
 from vllm_acckv.kernels.move import move, move_reference
 from vllm_acckv.kernels.paged import PagedLayers
 from vllm_acckv.kernels.states import PagedStates
+from vllm_acckv.policies import make_policy
+from vllm_acckv.policies.base import Policy, Prompt
+from vllm_acckv.spans import AUDIO, TEXT, VIDEO
 
 __all__ = ["interpreter"]  # a fixture of this module, too
 
@@ -171,45 +175,90 @@ def test_move(
             assert torch.equal(moved.view(torch.uint8), everything[head, source].view(torch.uint8))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "interleaved", "audio_only"])
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if made(case).layers_alike], ids=lambda case: case[0]
-)
-def test_layers_are_decided_together_as_one_by_one(case: Case, layout: str) -> None:
+def compare(policy: Policy, samples: list[Sample], scores: torch.Tensor, block: int) -> None:
     """Kernels over all layers leave in the cache what PyTorch leaves layer by layer."""
-    policy, block = made(case), 4
-    modality = LAYOUTS[layout](23, 18, 5)
-    samples = [Sample(modality, seed, kv_heads=2) for seed in range(3)]
-    if not decides(policy, samples[0]):
-        return
-    length, prompt = len(modality), samples[0].prompt
-    for sample in samples:
-        sample.prompt = prompt
+    number, kv_heads, length = scores.shape
+    prompt = samples[0].prompt
     freed = (length - policy.entries(prompt.layout, LAYER)) // block
-    if freed < 1:
-        return
-    scores = [sample.scores(policy) for sample in samples]
-    layers = Cache(3, 2, WIDTH, block, torch.float32, length, 1).made()
+    assert freed > 0
+    layers = Cache(number, kv_heads, WIDTH, block, samples[0].keys.dtype, length, 1).made()
     for index, sample in enumerate(samples):
+        sample.prompt = prompt
         rows = torch.cat([sample.keys, sample.values], -1).to(DEVICE)
         layers.layer(index).write(0, rows)
-    dense = PagedStates(layers, length).dense()
-    assert torch.equal(dense.key[1].cpu(), samples[1].keys)
-    prompt = type(prompt)(prompt.layout, prompt.modality.to(DEVICE), prompt.angles.to(DEVICE))
-    together = torch.stack(scores).to(DEVICE)
-    _, kept = compact(policy, together, layers, prompt, LAYER, block)
+    there = Prompt(prompt.layout, prompt.modality.to(DEVICE), prompt.angles.to(DEVICE))
+    _, kept = compact(policy, scores.to(DEVICE), layers, there, LAYER, block)
     assert kept.freed_blocks == freed
     fates = torch.zeros(3, 3)
     for index, sample in enumerate(samples):
         done = sample.compact(policy, scores[index], block, wait=False)
         fates += done.kept.fates(sample.modality)
         empty = int(torch.as_tensor(done.kept.empty_blocks))
-        all_freed = torch.as_tensor(kept.all_freed).expand(3)[index]
+        all_freed = torch.as_tensor(kept.all_freed).expand(number)[index]
         assert int(all_freed) == int(torch.as_tensor(done.kept.all_freed)) == freed + empty
         rows = torch.cat([done.key, done.value], -1)[:, empty * block :]
         ours = layers.layer(index).rows(length)[:, (freed + empty) * block :]
         torch.testing.assert_close(ours.cpu(), rows)
-    torch.testing.assert_close(kept.fates(prompt.modality).cpu(), fates)
+    torch.testing.assert_close(kept.fates(there.modality).cpu(), fates)
+
+
+def frees(policy: Policy, sample: Sample, block: int) -> bool:
+    entries = policy.entries(sample.layout, LAYER)
+    return decides(policy, sample) and sample.layout.length - entries >= block
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "interleaved", "audio_only"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if made(case).layers_alike], ids=lambda case: case[0]
+)
+def test_layers_are_decided_together_as_one_by_one(case: Case, layout: str) -> None:
+    modality = LAYOUTS[layout](23, 18, 5)
+    samples = [Sample(modality, seed, kv_heads=2) for seed in range(3)]
+    if frees(made(case), samples[0], 4):
+        scores = torch.stack([sample.scores(made(case)) for sample in samples])
+        compare(made(case), samples, scores, 4)
+
+
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True, phases=PHASES)
+@hypothesis.given(
+    block=st.sampled_from([16, 32, 128]),
+    kv_heads=st.integers(1, 8),
+    spans=st.lists(
+        st.tuples(st.sampled_from([TEXT, VIDEO, AUDIO]), st.integers(1, 2), st.integers(-1, 1)),
+        min_size=2,
+        max_size=5,
+    ),
+    trailing=st.integers(1, 9),
+    levels=st.integers(1, 4),
+    options=st.fixed_dictionaries(
+        {
+            "budget": st.sampled_from([0.1, 0.3, 0.6]),
+            "tau": st.sampled_from([-1.0, 0.0, 0.2, 0.9]),
+            "head_mode": st.sampled_from(["layer", "head"]),
+            "tau_mode": st.sampled_from(["absolute", "absolute_pre_rope"]),
+            "merge_space": st.sampled_from(["post_rope", "pre_rope"]),
+        }
+    ),
+    seed=st.integers(0, 99),
+)
+def test_selection_at_block_borders_and_ties(
+    block: int,
+    kv_heads: int,
+    spans: list[tuple[int, int, int]],
+    trailing: int,
+    levels: int,
+    options: dict[str, Any],
+    seed: int,
+) -> None:
+    """Spans end at, before and behind the border of a block; scores have few different values."""
+    modality = [kind for kind, blocks, more in spans for _ in range(blocks * block + more)]
+    modality += [TEXT] * trailing
+    policy = make_policy("acckv", **options)
+    samples = [Sample(modality, seed + one, kv_heads=kv_heads) for one in range(2)]
+    hypothesis.assume(set(modality) != {TEXT} and frees(policy, samples[0], block))
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (2, kv_heads, len(modality)), generator=generator).float()
+    compare(policy, samples, scores, block)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
