@@ -97,3 +97,23 @@ def test_a_batch(on_gpu_backend: Callable[[str], Engine], cpu: Engine, media: Me
     cached = [answer.cached for answer in again.answers]
     assert cached == [answer.cached for answer in expected.answers]
     assert min(cached) > 0
+
+
+def test_policies_whose_layers_differ(
+    on_gpu_backend: Callable[[str], Engine], cpu: Engine, media: Media
+) -> None:
+    """Some layers left alone, layers of different sizes, entries that change, layers decided by
+    another one's scores: the same as with the attention backend for CPUs."""
+    settings: list[dict[str, Any]] = [
+        {"kv_policy": "drop_video", "kv_policy_config": '{"first_layer": 2}'},
+        {"kv_policy": "pyramidkv"},
+        {"kv_policy": "lookm"},
+        {"kv_policy": "fastv", "kv_budget": 0.7},
+        {"kv_policy": "random"},
+        {"kv_policy_config": '{"preset": "corrected"}'},
+    ]
+    asks = [
+        media.separate(question="What happens in the clip?", xargs=xargs, max_tokens=3)
+        for xargs in settings
+    ]
+    assert_same(on_gpu_backend("FLASH_ATTN").run(*asks), cpu.run(*asks))

@@ -222,8 +222,10 @@ class PagedStates:
         return triton.cdiv(self.length, part_tokens), part_tokens
 
     def _pointers(self, angles: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        layers = self.layers
-        turns = (layers.table,) * 2 if angles is None else (angles.cos(), angles.sin())
+        layers, turns = self.layers, (self.layers.table,) * 2
+        if angles is not None:
+            angles = angles.contiguous()
+            turns = angles.cos(), angles.sin()
         return layers.caches[0], layers.addresses, layers.table, *turns
 
     @property
