@@ -1,33 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every kernel for some GPUs, on a machine that needs none; a process of its own, because
-Triton decides while a function is defined whether it will be interpreted.
+"""What Triton compiles, on a machine without a GPU; a process of its own, because Triton decides
+while a function is defined whether it will be interpreted.
 
-Prints a JSON object per kernel and kind of GPU: its name, the kind, bytes of shared memory, and
-bytes of registers that spilled.
+    python triton_compiled.py CAPABILITY DTYPE ...
+
+compiles every kernel for a kind of GPU and prints a JSON object for each: its name, bytes of shared
+memory, and bytes of a thread's registers that spilled.
+
+    python triton_compiled.py variants
+
+prints a JSON object per variant that requests would compile after the server's warm-up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from vllm_acckv.kernels.compact import compact, warm_up
 from vllm_acckv.kernels.move import move
 from vllm_acckv.kernels.paged import PagedCache, PagedLayers
 from vllm_acckv.kernels.score import observe
 from vllm_acckv.kernels.states import PagedStates
 from vllm_acckv.kernels.tables import LayerTables
+from vllm_acckv.policies import make_policy
+from vllm_acckv.policies.base import Layer, Prompt
 from vllm_acckv.scores import Weights
+from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -61,6 +74,16 @@ def signature(kernel: JITFunction, args: tuple[Any, ...], named: dict[str, Any])
     return kernel, types, constants
 
 
+@contextlib.contextmanager
+def noting(note: Callable[..., None]) -> Iterator[None]:
+    """Kernels are noted and not run."""
+    original, JITFunction.run = JITFunction.run, note
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+
+
 def launches(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int) -> list[Launch]:
     """What the functions of ``vllm_acckv.kernels`` would launch."""
     noted: list[Launch] = []
@@ -68,8 +91,7 @@ def launches(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int) -> l
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         noted.append(signature(kernel, args, named))
 
-    JITFunction.run, original = note, JITFunction.run
-    try:
+    with noting(note):
         table = torch.arange(9, dtype=torch.int32)
         caches = [torch.zeros(9, kv_heads, BLOCK, 2 * head_size).to(dtype) for _ in range(3)]
         layers = PagedLayers(caches, table)
@@ -90,9 +112,73 @@ def launches(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int) -> l
         tables = LayerTables(3, 8, 9, BLOCK, torch.device("cpu"))
         lengths = torch.ones(4, dtype=torch.int32)
         tables.refresh(table.expand(4, -1), lengths, torch.arange(4))
-    finally:
-        JITFunction.run = original
     return noted
+
+
+Variant = tuple[str, tuple[Any, ...]]
+
+
+def variant(kernel: JITFunction, args: tuple[Any, ...], named: dict[str, Any]) -> Variant:
+    """What decides, for Triton, whether a kernel that is compiled already will do."""
+    values, parts = {**dict(zip(kernel.arg_names, args, strict=False)), **named}, []
+    for parameter in kernel.params:
+        value: Any = values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            free = parameter.do_not_specialize_on_alignment
+            value = str(value.dtype), free or value.data_ptr() % 16 == 0
+        elif isinstance(value, int) and not parameter.is_constexpr:
+            free = parameter.do_not_specialize
+            value = "int" if free else (value == 1, value % 16 == 0)
+        elif isinstance(value, float):
+            value = "float"
+        parts.append((parameter.name, value))
+    return kernel.__name__, tuple(parts)
+
+
+def new_variants() -> set[Variant]:
+    """Those that prompts of all kinds add to those of the warm-up."""
+    noted: set[Variant] = set()
+
+    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        noted.add(variant(kernel, args, named))
+
+    kv_heads, heads, head_size = 2, 6, 32
+    caches = [torch.zeros(80, kv_heads, BLOCK, 2 * head_size).bfloat16() for _ in range(3)]
+    with noting(note):
+        warm_up(make_policy("acckv"), caches, heads, torch.bfloat16, BLOCK)
+        known = set(noted)
+        tables = torch.arange(4 * 65, dtype=torch.int32).view(4, 65) % 80
+        for number, (video, audio, text) in enumerate(PROMPTS):
+            kinds = np.array([VIDEO, AUDIO, TEXT], np.int8)
+            layout = Layout(np.repeat(kinds, [video, audio, text]))
+            layers = PagedLayers(caches, tables[number % 4])
+            for name, settings in SETTINGS:
+                policy = make_policy(name, **settings)
+                first = policy.first_query(layout)
+                fused = torch.zeros(layout.length - first + 5, heads + 2 * kv_heads, head_size)
+                query = fused.bfloat16()[3:-2, :heads]
+                scores = torch.zeros(3, kv_heads, layout.length)
+                if len(query):
+                    weights, cache = policy.weights(layout), layers.layer(0)
+                    observe(scores[0].clone(), query, cache, first, 1.0, weights)
+                angles = torch.zeros(layout.length, head_size // 2)
+                prompt = Prompt.of(layout, scores.device, angles)
+                compact(policy, scores, layers, prompt, Layer(), BLOCK)
+    return noted - known
+
+
+# Audio, video and text tokens.
+PROMPTS = [(640, 320, 64), (641, 330, 30), (640, 0, 64), (641, 0, 63), (0, 333, 1), (16, 1, 16)]
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("acckv", {}),
+    ("acckv", {"head_mode": "head", "redistribution": "off"}),
+    ("acckv", {"preset": "corrected"}),
+    ("acckv", {"preset": "corrected", "merge_space": "post_rope", "head_mode": "head"}),
+    ("acckv", {"calibration": False}),
+    ("snapkv", {}),
+    ("h2o", {"normalize": True}),
+    ("recent", {}),
+]
 
 
 def spilled(cubin: bytes) -> int:
@@ -107,6 +193,10 @@ def spilled(cubin: bytes) -> int:
 
 
 def main() -> None:
+    if sys.argv[1] == "variants":
+        for kernel, parts in new_variants():
+            print(json.dumps({"kernel": kernel, "variant": parts}))
+        return
     capability, names = int(sys.argv[1]), sys.argv[2:]
     for name in names:
         for shape in SHAPES:

@@ -136,14 +136,18 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._verified = verify_layers(self._vllm_config, self._kv_cache_config)
-        assert self._worker is not None
-        if self._worker.device.type == "cuda":
+        worker, config = self._worker, self._vllm_config
+        assert worker is not None
+        if worker.device.type == "cuda":
+            # What would otherwise be made while the first clip waits: kernels and, under tensor
+            # parallelism, PyTorch's own communicator.
             from vllm_acckv.kernels.compact import warm_up
 
-            model = self._vllm_config.model_config
-            heads = model.get_num_attention_heads(self._vllm_config.parallel_config)
-            caches = list(kv_caches.values())
-            warm_up(self.policy, caches, heads, model.dtype, self._worker.block_size)
+            heads = config.model_config.get_num_attention_heads(config.parallel_config)
+            caches, dtype = list(kv_caches.values()), config.model_config.dtype
+            warm_up(self.policy, caches, heads, dtype, worker.block_size)
+            worker.ranks.mean(torch.zeros(1, device=worker.device))
+            worker.ranks.max(torch.zeros(1, dtype=torch.int64, device=worker.device))
 
     def get_handshake_metadata(self) -> LayersVerified:
         assert self._worker is not None

@@ -29,6 +29,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from vllm_acckv.config import KVPolicyError
 from vllm_acckv.engine.blocks import KVPolicySpec
 from vllm_acckv.engine.rows import Row
 from vllm_acckv.engine.worker import PolicyWorker, current_worker, upload
@@ -147,6 +148,11 @@ class _BuilderMixin:
 
     def _tables_for(self, worker: PolicyWorker, num_columns: int) -> LayerTables:
         if self._tables is None:
+            if worker.tables:
+                raise KVPolicyError(
+                    "--kv-policy needs a model whose layers have equally many query heads, because "
+                    "they are compacted together. Serve this one without a KV policy."
+                )
             self._tables = LayerTables(
                 len(self._layers), self._num_rows, num_columns, self.block_size, self.device
             )

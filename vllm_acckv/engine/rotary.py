@@ -42,8 +42,9 @@ class RotaryAngles:
             for axis in (1, 2):
                 self._axis[(channel % 3 == axis) & (channel < section[axis] * 3)] = axis
         elif section:
-            axes = [axis for axis, count in enumerate(section) for _ in range(count)]
-            self._axis = torch.tensor(axes, device=self._frequency.device)
+            parts = self._axis.split(section)
+            for axis, part in enumerate(parts):
+                part.fill_(axis)
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> RotaryAngles:
@@ -56,7 +57,7 @@ class RotaryAngles:
         positions = positions.to(self._frequency.device)
         if positions.dim() == 1:
             return positions[:, None] * self._frequency
-        return positions[self._axis].T * self._frequency
+        return positions.T.contiguous()[:, self._axis] * self._frequency
 
 
 def _frequencies(cache: torch.Tensor) -> torch.Tensor:

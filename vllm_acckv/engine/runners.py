@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -91,15 +92,26 @@ def _with_generators_at_rest(original: Callable[..., Any]) -> Callable[..., Any]
 
 def _angles_v1(runner: Any, state: Any, length: int) -> torch.Tensor:
     positions = state.mrope_positions if runner.uses_mrope else torch.arange(length)
-    return RotaryAngles.of(runner.get_model())(positions[..., :length])
+    return _rotary_angles(runner)(positions[..., :length])
 
 
 def _angles_v2(runner: Any, slot: int, length: int) -> torch.Tensor:
     rope_state = runner.model_state.rope_state
-    positions = torch.arange(length)
     if rope_state is not None:
         positions = rope_state.read_prefill_positions(slot, length)
-    return RotaryAngles.of(runner.get_model())(positions)
+    else:
+        positions = torch.arange(length, device=runner.device)
+    return _rotary_angles(runner)(positions)
+
+
+def _rotary_angles(runner: Any) -> RotaryAngles:
+    """Those of the runner's model, made once."""
+    if runner not in _angles_of:
+        _angles_of[runner] = RotaryAngles.of(runner.get_model())
+    return _angles_of[runner]
+
+
+_angles_of: WeakKeyDictionary[Any, RotaryAngles] = WeakKeyDictionary()
 
 
 class _NewRequest:

@@ -55,8 +55,9 @@ class PolicyWorker:
         # request, and names the slots of a batch itself.
         self.batch: list[WorkerRequest | None] | None = None
         self.slots: dict[int, WorkerRequest] = {}
-        # True from the start of a real step of runner V2 to its end: the batches of warm-up and
-        # idle runs name slots too, but hold no requests.
+        # True from the start of a real step of runner V2 to its end: the batches of idle runs name
+        # slots too, but hold no requests. (That of vLLM's own warm-up is not closed; its requests
+        # have no clips.)
         self.step_open = False
         # On GPUs, what the layers of each attention group attend to.
         self.tables: list[LayerTables] = []
@@ -190,6 +191,8 @@ class PolicyWorker:
         finished: Finished = []
         if row.compacts:
             finished = self._compact(request, layer_name, index, cache, last)
+            if last:  # runner V2 makes a preempted request anew, with these
+                request.prompt = request.weights = None
         request.seconds += time.perf_counter() - started
         return finished
 

@@ -13,9 +13,15 @@ from vllm_acckv.kernels.paged import PagedLayers
 from vllm_acckv.kernels.score import observe
 from vllm_acckv.kernels.states import PagedStates
 from vllm_acckv.movement import entry_sources
+from vllm_acckv.policies.acckv import AccKV
 from vllm_acckv.policies.base import Layer, Policy, Prompt
+from vllm_acckv.scores import Weights
 from vllm_acckv.selection import Kept, Selection
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
+
+# Audio and video tokens each of the prompt that warms up: enough for PyTorch to sort as it does
+# with long ones.
+_CLIP = 2500
 
 
 def compact(
@@ -52,7 +58,7 @@ def warm_up(
     dtype: torch.dtype,
     block_size: int,
 ) -> None:
-    """Compile what a first clip would wait seconds for, on a small prompt in block 0.
+    """Compile what a first clip would wait seconds for, whatever its request sets.
 
     Args:
         caches: of the layers, as in :class:`PagedLayers`; their first block holds nobody's tokens.
@@ -60,13 +66,18 @@ def warm_up(
         dtype: of queries.
     """
     device = caches[0].device
-    layout = Layout(np.repeat(np.array([VIDEO, AUDIO, TEXT], np.int8), 2 * block_size))
+    layout = Layout(np.repeat(np.array([VIDEO, AUDIO, TEXT], np.int8), [_CLIP, _CLIP, 9]))
     table = torch.zeros(layout.length, dtype=torch.int32, device=device)
     layers = PagedLayers(caches, table)
-    query = torch.zeros(2 * block_size, num_heads, layers.head_size, dtype=dtype, device=device)
     scores = torch.zeros(len(layers), layers.num_kv_heads, layout.length, device=device)
-    first = layout.length - len(query)
-    observe(scores[0], query, layers.layer(0), first, 1.0, policy.weights(layout, device))
+    query = torch.zeros(9, num_heads, layers.head_size, dtype=dtype, device=device)
+    ones = torch.ones(layout.length, device=device)
+    for weights in (None, Weights(ones, ones)):
+        observe(scores[0], query, layers.layer(0), 2 * _CLIP, 1.0, weights)
+    angles = torch.zeros(layout.length, layers.head_size // 2, device=device)
+    prompt = Prompt.of(layout, device, angles)
     if policy.layers_alike:
-        angles = torch.zeros(layout.length, layers.head_size // 2, device=device)
-        compact(policy, scores, layers, Prompt.of(layout, device, angles), Layer(), block_size)
+        compact(policy, scores, layers, prompt, Layer(), block_size)
+    for preset in ("paper", "corrected"):
+        acckv = AccKV(**AccKV.presets[preset])
+        compact(acckv, scores, layers, prompt, Layer(), block_size)

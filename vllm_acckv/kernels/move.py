@@ -77,7 +77,16 @@ def _load(
     return tl.where(entry[:, None], other, rows), source >= 0
 
 
-@triton.jit(do_not_specialize=["num_entries", "end"])
+@triton.jit(
+    do_not_specialize=[
+        "num_entries",
+        "num_merged",
+        "end",
+        "sources_stride_layer",
+        "sources_stride_head",
+    ],
+    do_not_specialize_on_alignment=["table"],  # a row of vLLM's
+)
 def _move(
     like, addresses, table, sources, merged, num_entries, num_merged, end, num_heads,
     stride_block, stride_head, stride_slot, sources_stride_layer, sources_stride_head,
@@ -119,6 +128,7 @@ def move(
     sources = sources.expand(len(layers), num_heads, num_entries)
     if merged is None:
         merged = layers.caches[0].new_empty(len(layers), num_heads, 0, width)
+    merged = merged.contiguous()
     _move[(len(layers) * num_heads, triton.cdiv(width, _PART))](
         layers.caches[0], layers.addresses, layers.table, sources, merged, num_entries,
         merged.shape[2], end, num_heads, *layers.caches[0].stride()[:3], *sources.stride()[:2],

@@ -70,6 +70,8 @@ class PagedLayers:
         forms = {(one.shape, one.stride(), one.dtype) for one in self.caches}
         if len(forms) != 1:
             raise ValueError(f"The caches of layers have {len(forms)} forms; expected one.")
+        if any(cache.data_ptr() % 16 for cache in self.caches):
+            raise ValueError("The cache of a layer does not begin at a multiple of 16 bytes.")
 
     @cached_property
     def addresses(self) -> torch.Tensor:
@@ -109,6 +111,7 @@ def rows_of(
 ):  # fmt: skip
     """Pointers to the rows of ``tokens`` in a layer's cache, where ``present``; ``like`` is any
     pointer of its dtype."""
-    cache = tl.load(addresses + layer).to(like.dtype)
+    # An address read from memory could be any; known to be aligned, 16 bytes are read at once.
+    cache = tl.multiple_of(tl.load(addresses + layer).to(like.dtype), 16)
     block = tl.load(table + tokens // BLOCK, mask=present, other=0).to(tl.int64)
     return cache + block * stride_block + kv_head * stride_head + (tokens % BLOCK) * stride_slot

@@ -25,9 +25,17 @@ _ROWS, _COLUMNS = 64, 64
 # smallest FP8 numbers on their way to fp16, not to fp32.
 _UPCAST = triton.knobs.runtime.interpret
 
-# Lengths must not compile a kernel anew, which takes seconds.
+# No prompt may compile a kernel anew, which takes a second.
 _jit = triton.jit(
-    do_not_specialize=["num_rows", "num_columns", "num_splits", "split_columns", "first_row"]
+    do_not_specialize=[
+        "num_rows",
+        "num_columns",
+        "num_splits",
+        "split_columns",
+        "first_row",
+        "scores_stride",
+    ],
+    do_not_specialize_on_alignment=["table"],  # a row of vLLM's
 )
 
 
@@ -250,7 +258,8 @@ def observe(
         splits = max(1, min(_PROGRAMS // (row_tiles * cache.num_kv_heads), _MAX_SPLITS))
         split_columns = triton.cdiv(tiles, min(splits, tiles)) * _COLUMNS
         splits = triton.cdiv(num_columns, split_columns)
-        maxima, sums = scores.new_empty(2, splits, cache.num_kv_heads, num_rows)
+        maxima = scores.new_empty(splits, cache.num_kv_heads, num_rows)
+        sums = torch.empty_like(maxima)
         _log_sums[(row_tiles, cache.num_kv_heads, splits)](
             query, cache.blocks, cache.table, maxima, sums, num_rows, num_columns, split_columns,
             first_row, scale * _LOG2_E, *strides, **shape,

@@ -22,8 +22,22 @@ _TILE = 8192
 # Programs of a launch: some for each multiprocessor of a large GPU.
 _PROGRAMS = 1024
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
-# Lengths of prompts must not compile a kernel anew.
-_jit = triton.jit(do_not_specialize=["num_tokens", "part_tokens"])
+# Merged entries of a prompt are of two modalities at most.
+_GROUPS = 2
+# No prompt may compile a kernel anew, which takes a second.
+_jit = triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "part_tokens",
+        "groups_stride_layer",
+        "groups_stride_head",
+        "shares_stride_layer",
+        "shares_stride_head",
+        "wanted_stride_layer",
+        "wanted_stride_head",
+    ],
+    do_not_specialize_on_alignment=["table"],  # a row of vLLM's
+)
 
 
 @triton.jit
@@ -171,13 +185,13 @@ class PagedStates:
         shares = 1 / groups.sum(-1).clamp(min=1)
         shape = self._shape(width, angles)
         parts, part_tokens = self._parts(shape["TOKENS"])
-        padded = triton.next_power_of_2(number)
-        out = shares.new_empty(*self._heads, parts, padded, width)
+        assert number <= _GROUPS
+        out = shares.new_empty(*self._heads, parts, _GROUPS, width)
         group, shares = self._by_head(group), self._by_head(shares)
         _means[(out.shape[0] * out.shape[1], parts)](
             *self._pointers(angles), group, shares, out, self.length, part_tokens, *self._strides,
             *group.stride()[:2], *shares.stride()[:2],
-            **shape, GROUPS=padded,
+            **shape, GROUPS=_GROUPS,
         )  # fmt: skip
         keys, values = out.sum(2)[:, :, :number].split(self.layers.head_size, -1)
         return keys, values
@@ -222,7 +236,7 @@ class PagedStates:
         return triton.cdiv(self.length, part_tokens), part_tokens
 
     def _pointers(self, angles: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        layers, turns = self.layers, (self.layers.table,) * 2
+        layers, turns = self.layers, (self.layers.addresses,) * 2
         if angles is not None:
             angles = angles.contiguous()
             turns = angles.cos(), angles.sin()

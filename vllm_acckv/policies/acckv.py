@@ -257,8 +257,9 @@ class AccKV(Policy):
         mean_key, value = states.means(sources, merged_angles)
         key = mean_key
         if merged_angles is not None:
-            share = sources.float() / sources.sum(-1, keepdim=True).clamp(min=1)
-            key = rotate(mean_key, share @ merged_angles)
+            share = sources.double() / sources.sum(-1, keepdim=True).clamp(min=1)
+            # Radians grow with the prompt; vLLM may let products of fp32 matrices be less precise.
+            key = rotate(mean_key, (share @ merged_angles.double()).float())
         key, value = key.to(states.dtype), value.to(states.dtype)
         if tau_angles is None:
             unit = normalize(key.float(), dim=-1)
