@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from gpu_check import BLOCK, SHAPES, SMALL, Shape, paged
+from gpu_common import BLOCK, SHAPES, SMALL, Shape, paged
 from gpu_figures import Result
 
 if TYPE_CHECKING:

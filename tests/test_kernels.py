@@ -246,6 +246,11 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())["gpu-check"]
     assert {check["what"] for check in results["checks"]} == {
         "observed attention",
+        "means and similarities",
         "entries moved in place",
+        "compaction by acckv",
+        "compaction by acckv, corrected",
+        "compaction by snapkv",
+        "tables of layers",
     }
     assert all(check["passed"] for check in results["checks"])
