@@ -28,22 +28,34 @@ def make_clip(
     Rectangles of changing colours cross a background that changes every second. With the default
     size every pair of sampled frames is 4 x 3 vision tokens and needs no resizing.
     """
+    samples = make_tones(seconds, seed) if sound else None
+    return write_clip(path, _frames(seconds, size, fps, seed), fps, samples)
+
+
+def write_clip(path: Path, frames: np.ndarray, fps: int, samples: np.ndarray | None = None) -> Path:
+    """Write an mp4 with H.264 video and, if there are samples, mono AAC sound.
+
+    Args:
+        frames: RGB uint8 [number, height, width, 3], height and width even.
+        samples: float32 [number] in [-1, 1] at SAMPLE_RATE.
+    """
     path = Path(path)
-    frames = _frames(seconds, size, fps, seed)
     with av.open(str(path), "w", format="mp4") as container:
         video = container.add_stream("libx264", rate=fps)
-        video.width, video.height = size
+        video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
         # The slower presets were seen to encode the same pictures differently now and then, even
         # with one thread (x264's macroblock tree, frames this small); this one leaves that out.
         video.options = {"preset": "ultrafast", "crf": "12", "threads": "1"}
-        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono") if sound else None
+        audio = None
+        if samples is not None:
+            audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
         for picture in frames:
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             container.mux(video.encode(frame))
         container.mux(video.encode())
-        if audio is not None:
-            _encode_sound(container, audio, make_tones(seconds, seed))
+        if audio is not None and samples is not None:
+            _encode_sound(container, audio, samples)
     return path
 
 

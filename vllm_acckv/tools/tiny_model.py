@@ -15,7 +15,7 @@ import tempfile
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -139,14 +139,17 @@ def build(directory: Path, **arguments: int) -> Path:
     return directory
 
 
-def write_shape(directory: Path, recipe: Recipe, **text_config: int) -> Path:
+def write_shape(
+    directory: Path, recipe: Recipe, corpus: str | None = None, **text_config: Any
+) -> Path:
     """Write everything but weights, for vLLM's ``load_format="dummy"``; return `directory`.
 
     Towers stay tiny. `text_config` overrides the decoder's own settings, so that it can have the
-    shape of a real model; a larger `vocab_size` leaves the tokenizer as it is.
+    shape of a real model; a larger `vocab_size` leaves the tokenizer as it is. The tokenizer learns
+    its words from `corpus`.
     """
     directory.mkdir(parents=True)
-    _write_settings(directory, recipe, text_config)
+    _write_settings(directory, recipe, text_config, corpus or _CORPUS)
     return directory
 
 
@@ -166,15 +169,17 @@ def load_thinker(directory: Path) -> "Qwen2_5OmniThinkerForConditionalGeneration
 
 
 def _write_checkpoint(directory: Path, recipe: Recipe) -> None:
-    config, num_text_tokens = _write_settings(directory, recipe, {})
+    config, num_text_tokens = _write_settings(directory, recipe, {}, _CORPUS)
     weights = _random_weights(_thinker_config(config), recipe, num_text_tokens)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_settings(directory: Path, recipe: Recipe, text_config: dict) -> tuple[dict, int]:
+def _write_settings(
+    directory: Path, recipe: Recipe, text_config: dict, corpus: str
+) -> tuple[dict, int]:
     """Tokenizer, processors and configuration; the latter, and how many tokens are text."""
     cpu_media.fix()
-    tokenizer = _train_tokenizer(recipe)
+    tokenizer = _train_tokenizer(recipe, corpus)
     tokenizer.save_pretrained(directory)
     config = _config(recipe, tokenizer)
     config["thinker_config"]["text_config"].update(text_config)
@@ -192,8 +197,8 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _train_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
-    """Byte-level BPE over `_CORPUS`; the special tokens take the ids after the last merge.
+def _train_tokenizer(recipe: Recipe, corpus: str) -> "PreTrainedTokenizerBase":
+    """Byte-level BPE over `corpus`; the special tokens take the ids after the last merge.
 
     `size` in the tokenizer's arguments looks misplaced. It is the only file setting that reaches
     the pixel limits of videos: Qwen2_5OmniProcessor has defaults for them (128 to 768 tokens per
@@ -210,7 +215,7 @@ def _train_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     )
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
-    trained.train_from_iterator(_CORPUS.splitlines(), trainer)
+    trained.train_from_iterator(corpus.splitlines(), trainer)
     model = json.loads(trained.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=model["vocab"],

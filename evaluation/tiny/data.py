@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clips and questions of the tiny world as tensors.
+
+A row holds one clip and several questions about it, each of which sees the clip and itself. That
+equals as many separate prompts and costs a fraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_acckv import cpu_media
+from vllm_acckv.evaluation import tiny_av
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of ``L`` tokens, the first ``P`` of which are the clip.
+
+    Attributes:
+        pixels: fp32 ``[B, patches, values]``; mel: fp32 ``[B, 128, frames]``.
+        tokens: int64 ``[B, L]``; labels: the same where an answer is learnt, shifted by one.
+        slot: int64 ``[B, L]``, -1 for the clip, the number of the question behind it.
+        position: int64 ``[3, B, L]``, rotary positions.
+        task: int64 ``[B, slots]``, place in ``tiny_av.TASKS``.
+        last: int64 ``[B, slots]``, the token of a prompt that the first word follows.
+        colour, shape, sound: int64 ``[B, seconds]``, what there is.
+    """
+
+    pixels: torch.Tensor
+    mel: torch.Tensor
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    slot: torch.Tensor
+    position: torch.Tensor
+    task: torch.Tensor
+    last: torch.Tensor
+    colour: torch.Tensor
+    shape: torch.Tensor
+    sound: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self, **{one.name: getattr(self, one.name).to(device) for one in fields(self)}
+        )
+
+    def mask(self) -> torch.Tensor:
+        """bool ``[B, 1, L, L]``: what each token sees."""
+        length = self.tokens.shape[1]
+        order = torch.arange(length, device=self.tokens.device)
+        same = self.slot[:, None, :, None] == self.slot[:, None, None, :]
+        clip = self.slot[:, None, None, :] == -1
+        return (order[:, None] >= order) & (same | clip)
+
+
+class Maker:
+    """Makes batches with the checkpoint's own tokenizer and processors."""
+
+    def __init__(self, checkpoint: Path, slots: int, seed: int) -> None:
+        cpu_media.fix()
+        from transformers import Qwen2_5OmniProcessor
+
+        self.processor = Qwen2_5OmniProcessor.from_pretrained(checkpoint)
+        self.processor.feature_extractor.n_samples = tiny_av.SECONDS * tiny_av.SAMPLE_RATE
+        self.slots, self.seed = slots, seed
+        clip = tiny_av.make_clip(np.random.default_rng(0))
+        media = self._media([clip])
+        content = [{"type": "video"}, {"type": "audio"}, {"type": "text", "text": "QUESTION"}]
+        template = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        before, _, self._behind = template.partition("QUESTION")
+        whole = self.processor(
+            text=before,
+            videos=list(media["videos"]),
+            audio=list(media["audio"]),
+            **media["options"],
+        )
+        self.prefix: list[int] = torch.as_tensor(whole["input_ids"])[0].tolist()
+        self.grid = torch.as_tensor(whole["video_grid_thw"])
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    def _media(self, clips: list[tiny_av.Clip]) -> dict[str, Any]:
+        return {
+            "videos": [tiny_av.frames(clip) for clip in clips],
+            "audio": [tiny_av.sound(clip) for clip in clips],
+            "options": {"return_tensors": "pt", "fps": tiny_av.FPS, "do_sample_frames": False},
+        }
+
+    def batch(self, step: int, size: int, held_out: bool = False) -> Batch:
+        """The same for the same arguments; ``held_out`` clips are never learnt from."""
+        rng = np.random.default_rng([self.seed, int(held_out), step])
+        clips = [tiny_av.make_clip(rng) for _ in range(size)]
+        video = self.processor.video_processor(
+            videos=[np.moveaxis(tiny_av.frames(clip), -1, 1) for clip in clips],
+            return_tensors="pt",
+            do_sample_frames=False,
+        )
+        sound = self.processor.feature_extractor(
+            [tiny_av.sound(clip) for clip in clips],
+            sampling_rate=tiny_av.SAMPLE_RATE,
+            padding="max_length",
+            return_tensors="pt",
+        )
+        rows = [self._row(clip, rng) for clip in clips]
+        length = max(len(row["tokens"]) for row in rows)
+
+        def padded(name: str, fill: int) -> torch.Tensor:
+            made = [row[name] + [fill] * (length - len(row["tokens"])) for row in rows]
+            return torch.tensor(made)
+
+        def seen(name: str, words: list[str]) -> torch.Tensor:
+            return torch.tensor(
+                [[words.index(getattr(one, name)) for one in clip] for clip in clips]
+            )
+
+        offset = padded("offset", 0)
+        return Batch(
+            video["pixel_values_videos"].unflatten(0, (size, -1)),
+            sound["input_features"],
+            padded("tokens", self.tokenizer.pad_token_id),
+            padded("labels", IGNORED),
+            padded("slot", -2),
+            offset.expand(3, -1, -1),
+            torch.tensor([row["task"] for row in rows]),
+            torch.tensor([row["last"] for row in rows]),
+            seen("colour", list(tiny_av.COLOURS)),
+            seen("shape", list(tiny_av.SHAPES)),
+            seen("sound", list(tiny_av.SOUNDS)),
+        )
+
+    def _row(self, clip: tiny_av.Clip, rng: np.random.Generator) -> dict[str, Any]:
+        """Tokens behind the prefix; ``offset`` counts from the end of the prefix."""
+        prefix, tasks = len(self.prefix), list(tiny_av.TASKS)
+        tokens, labels, slot, offset = (
+            [*self.prefix],
+            [IGNORED] * prefix,
+            [-1] * prefix,
+            [0] * prefix,
+        )
+        row: dict[str, Any] = {"task": [], "last": []}
+        for number in range(self.slots):
+            question = tiny_av.ask(clip, rng)
+            asked = self.tokenizer.encode(question.text + self._behind)
+            answer = self.tokenizer.encode(question.answer + "<|im_end|>")
+            row["task"].append(tasks.index(question.task))
+            row["last"].append(len(tokens) + len(asked) - 1)
+            tokens += asked + answer
+            labels += [IGNORED] * (len(asked) - 1) + answer + [IGNORED]
+            slot += [number] * (len(asked) + len(answer))
+            offset += range(len(asked) + len(answer))
+        return {**row, "tokens": tokens, "labels": labels, "slot": slot, "offset": offset}
+
+
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Batches of the steps from ``start`` on, to be made in other processes."""
+
+    def __init__(self, checkpoint: Path, slots: int, seed: int, size: int, start: int) -> None:
+        self.arguments, self.size, self.start = (checkpoint, slots, seed), size, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        worker = torch.utils.data.get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        maker, step = Maker(*self.arguments), self.start + number
+        while True:
+            yield maker.batch(step, self.size)
+            step += count
