@@ -48,9 +48,8 @@ class Batch:
     sound: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return replace(
-            self, **{one.name: getattr(self, one.name).to(device) for one in fields(self)}
-        )
+        moved = {one.name: getattr(self, one.name).to(device) for one in fields(self)}
+        return replace(self, **moved)
 
     def mask(self) -> torch.Tensor:
         """bool ``[B, 1, L, L]``: what each token sees."""
@@ -72,7 +71,6 @@ class Maker:
         self.processor.feature_extractor.n_samples = tiny_av.SECONDS * tiny_av.SAMPLE_RATE
         self.slots, self.seed = slots, seed
         clip = tiny_av.make_clip(np.random.default_rng(0))
-        media = self._media([clip])
         content = [{"type": "video"}, {"type": "audio"}, {"type": "text", "text": "QUESTION"}]
         template = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -80,9 +78,11 @@ class Maker:
         before, _, self._behind = template.partition("QUESTION")
         whole = self.processor(
             text=before,
-            videos=list(media["videos"]),
-            audio=list(media["audio"]),
-            **media["options"],
+            videos=[tiny_av.frames(clip)],
+            audio=[tiny_av.sound(clip)],
+            fps=tiny_av.FPS,
+            do_sample_frames=False,
+            return_tensors="pt",
         )
         self.prefix: list[int] = torch.as_tensor(whole["input_ids"])[0].tolist()
         self.grid = torch.as_tensor(whole["video_grid_thw"])
@@ -90,13 +90,6 @@ class Maker:
     @property
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
-
-    def _media(self, clips: list[tiny_av.Clip]) -> dict[str, Any]:
-        return {
-            "videos": [tiny_av.frames(clip) for clip in clips],
-            "audio": [tiny_av.sound(clip) for clip in clips],
-            "options": {"return_tensors": "pt", "fps": tiny_av.FPS, "do_sample_frames": False},
-        }
 
     def batch(self, step: int, size: int, held_out: bool = False) -> Batch:
         """The same for the same arguments; ``held_out`` clips are never learnt from."""

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,8 @@ class Tiny(nn.Module):
     def perceive(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss of the encoders alone, and how often each thing is told right."""
         video, audio = self.embed(batch)
-        loss = sum(
-            (part.square().mean(-1).sqrt() - SPREAD).square().mean() for part in (video, audio)
-        )
-        right = {}
+        sizes = torch.cat([video, audio], 1).square().mean(-1).sqrt()
+        loss, right = (sizes - SPREAD).square().mean(), {}
         for name, probe in self.probes.items():
             part = audio if name == "sound" else video
             by_second = part.unflatten(1, (tiny_av.SECONDS, -1)).mean(2)
@@ -142,7 +140,6 @@ class Tiny(nn.Module):
             guess = probe(by_second / SPREAD)
             loss = loss + cross_entropy(guess.flatten(0, 1), truth.flatten())
             right[name] = float((guess.argmax(-1) == truth).float().mean())
-        assert isinstance(loss, torch.Tensor)
         return loss, right
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -230,20 +227,16 @@ class Optimizers:
     """Muon for the decoder's matrices, AdamW for the rest; one schedule for both."""
 
     def __init__(self, model: Tiny, settings: Settings) -> None:
-        decoder = dict(model.thinker.model.layers.named_parameters())
-        matrices = [one for one in decoder.values() if one.dim() == 2]
-        rest = [one for one in decoder.values() if one.dim() != 2]
-        rest += [
-            *model.thinker.model.embed_tokens.parameters(),
-            *model.thinker.model.norm.parameters(),
-        ]
-        rest += [*model.thinker.lm_head.parameters(), *model.second.parameters()]
-        rest += [*model.ahead.parameters()]
+        decoder, rate = model.thinker.model, settings.rate
+        matrices = [one for one in decoder.layers.parameters() if one.dim() == 2]
+        rest = [one for one in decoder.layers.parameters() if one.dim() != 2]
+        for other in (decoder.embed_tokens, decoder.norm, model.thinker.lm_head):
+            rest += other.parameters()
+        for other in (model.second, model.ahead):
+            rest += other.parameters()
         self.all = [
-            torch.optim.Muon(
-                matrices, lr=settings.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, rate, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.settings = settings
         self.parameters = matrices + rest
@@ -322,7 +315,7 @@ def train(folder: Path, settings: Settings, device: torch.device, workers: int) 
             optimizer.load_state_dict(saved)
     with Progress() as bar:
         if not state:
-            few = batches(folder, replace_slots(settings), 16, 1 << 30, workers)
+            few = batches(folder, replace(settings, slots=1), 16, 1 << 30, workers)
             print("encoders", train_encoders(model, few, settings, device, bar), flush=True)
             del few
         task = bar.add_task("decoder", total=settings.steps, completed=start)
@@ -352,11 +345,6 @@ def train(folder: Path, settings: Settings, device: torch.device, workers: int) 
                 )
     save(model, folder)
     return examine(model, maker, 200, device)
-
-
-def replace_slots(settings: Settings) -> Settings:
-    """One question a clip, for steps that only look at the clip."""
-    return Settings(**{**asdict(settings), "slots": 1})
 
 
 def main() -> None:
