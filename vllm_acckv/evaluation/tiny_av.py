@@ -30,7 +30,7 @@ COLOURS = {
     "white": (245, 245, 245),
     "pink": (240, 90, 200),
 }
-SHAPES = ("circle", "square", "cross", "bar")
+SHAPES = ("circle", "frame", "cross", "bar")
 SOUNDS = ("horn", "bell", "drum", "bird", "siren", "rain", "buzz", "beep", "hum", "flute")
 
 
@@ -87,7 +87,7 @@ def make_clip(rng: np.random.Generator, seconds: int = SECONDS) -> Clip:
 
 
 def _place(rng: np.random.Generator) -> tuple[float, float]:
-    row, column = rng.uniform(0.25, 0.75, 2)
+    row, column = rng.uniform(0.3, 0.7, 2)
     return float(row), float(column)
 
 
@@ -101,7 +101,7 @@ def frames(clip: Clip) -> np.ndarray:
     for number, second in enumerate(clip):
         rng = np.random.default_rng([second.variant, 0])
         colour = np.clip(np.array(COLOURS[second.colour]) + rng.normal(0, 8, 3), 0, 255)
-        background, radius = rng.uniform(0, 60), rng.uniform(0.17, 0.23)
+        background, radius = rng.uniform(0, 60), rng.uniform(0.24, 0.28)
         for step in range(FPS):
             part = step / max(1, FPS - 1)
             row, column = (
@@ -120,11 +120,11 @@ def _inside(shape: str, row: np.ndarray, column: np.ndarray) -> np.ndarray:
     across, along = np.abs(row), np.abs(column)
     if shape == "circle":
         return row**2 + column**2 < 1
-    if shape == "square":
-        return (across < 0.85) & (along < 0.85)
+    if shape == "frame":
+        return (np.maximum(across, along) < 1) & (np.maximum(across, along) > 0.6)
     if shape == "cross":
-        return ((across < 0.3) & (along < 1.1)) | ((along < 0.3) & (across < 1.1))
-    return (across < 0.35) & (along < 1.3)  # a bar
+        return ((across < 0.25) & (along < 1.1)) | ((along < 0.25) & (across < 1.1))
+    return (across < 0.35) & (along < 1.2)  # a bar
 
 
 # Sound
