@@ -90,3 +90,13 @@ def test_a_task_the_clip_does_not_allow() -> None:
     same = tuple(CLIPS[0][:1] * 2)
     with pytest.raises(ValueError, match="no question of task hear"):
         tiny_av.ask(same, np.random.default_rng(0), "hear")
+
+
+def test_data_set(tmp_path: Path) -> None:
+    """Files are made once, and more questions begin with the same ones."""
+    few, many = (tiny_av.load(tmp_path, number).samples for number in (9, 16))
+    assert many[:9] == few and len({sample.id for sample in many}) == 16
+    assert all(sample.video and sample.video.exists() for sample in many)
+    assert {sample.task for sample in many} == {f"tiny-av/{task}" for task in tiny_av.TASKS}
+    other = tiny_av.load(tmp_path, 9, seed=1).samples
+    assert not {sample.answers for sample in few} & {sample.answers for sample in other}

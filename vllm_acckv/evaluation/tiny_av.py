@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from vllm_acckv.evaluation.samples import Dataset, Sample
 from vllm_acckv.tools.clips import SAMPLE_RATE, write_clip
 
 SECONDS = 8
+_HELD_OUT = 0x7E57
+"""In the seed of clips for tests; see evaluation/tiny/data.py for those of training."""
 SIZE = 84
 """Height and width of a frame: 3 x 3 tokens each second."""
 FPS = 2
@@ -256,6 +259,39 @@ def corpus() -> str:
             question = ask(clip, rng)
             lines += [question.text, question.answer]
     return "\n".join(lines)
+
+
+def load(folder: Path, questions: int, seed: int = 0) -> Dataset:
+    """Questions about clips that no training has seen, one of each task per clip, and their files.
+
+    Args:
+        questions: how many; the first ones of a larger number are the same.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, samples, number = np.random.default_rng([_HELD_OUT, seed]), list[Sample](), 0
+    while len(samples) < questions:
+        clip = make_clip(rng)
+        video, audio = folder / f"{seed}-{number}.mp4", folder / f"{seed}-{number}.wav"
+        if not (video.exists() and audio.exists()):
+            write(clip, video, audio)
+        for task, make in TASKS.items():
+            question = make(clip, rng)
+            if question is not None:
+                name = f"tiny-av/{task}"
+                samples.append(
+                    Sample(
+                        id=f"{name}/{seed}-{number}",
+                        task=name,
+                        video=video,
+                        audio=audio,
+                        start=None,
+                        end=None,
+                        question=question.text,
+                        answers=(question.answer,),
+                    )
+                )
+        number += 1
+    return Dataset(tuple(samples[:questions]), 0)
 
 
 def write(clip: Clip, video: Path, audio: Path) -> None:
