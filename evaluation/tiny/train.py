@@ -14,11 +14,9 @@ import argparse
 import itertools
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from data import IGNORED, Batch, Maker, Stream
@@ -47,7 +45,7 @@ class Settings:
     layers: int = 6
     heads: int = 6
     steps: int = 1500
-    encoder_steps: int = 800
+    encoder_steps: int = 500
     batch: int = 8
     slots: int = 10
     rate: float = 3e-3
@@ -272,7 +270,7 @@ def train_encoders(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 2e-3, total_steps=steps, pct_start=0.1
     )
-    task, right = bar.add_task("encoders", total=steps), {}
+    task, right = bar.add_task("encoders", total=steps), dict[str, float]()
     for number, batch in enumerate(itertools.islice(stream, steps)):
         loss, right = model.perceive(batch.to(device))
         loss.backward()
@@ -280,8 +278,7 @@ def train_encoders(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        told = " ".join(f"{name} {share:.2f}" for name, share in right.items())
-        told = f"encoders: loss {float(loss.detach()):.2f} {told}"
+        told = f"encoders: loss {float(loss.detach()):.2f} {in_words(right)}"
         bar.update(task, advance=1, description=told)
         if (number + 1) % 100 == 0:
             print(f"step {number + 1} {told}", flush=True)
@@ -296,55 +293,93 @@ def save(model: Tiny, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def train(folder: Path, settings: Settings, device: torch.device, workers: int) -> dict[str, float]:
-    """Train, and write the checkpoint; exact matches by task at the end."""
-    if not (folder / "config.json").exists():
-        write_settings(folder, settings)
-    maker = Maker(folder, settings.slots, settings.seed)
-    model = Tiny(folder, maker, settings.seed).to(device)
-    state_file, start = folder / "state.pt", 0
-    optimizers = Optimizers(model, settings)
-    state: dict[str, Any] = {}
-    if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        if state["settings"] != asdict(settings):
-            raise SystemExit(f"{state_file} was made with other settings; choose another folder.")
+@dataclass(frozen=True)
+class Run:
+    """Where and how to train; nothing of it changes the result.
+
+    Attributes:
+        workers: processes that make batches.
+        save_every: steps between two states that training can go on from.
+        clips: held-out clips of the examination at the end.
+    """
+
+    folder: Path
+    settings: Settings
+    device: torch.device
+    workers: int = 1
+    save_every: int = 100
+    clips: int = 200
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state.pt"
+
+    def save(self, model: Tiny, optimizers: Optimizers, step: int) -> None:
+        torch.save(
+            {
+                "settings": asdict(self.settings),
+                "model": model.state_dict(),
+                "optimizers": [one.state_dict() for one in optimizers.all],
+                "step": step,
+            },
+            self.state,
+        )
+
+    def load(self, model: Tiny, optimizers: Optimizers) -> int | None:
+        """Steps that are done, ``None`` if there is nothing to go on from."""
+        if not self.state.exists():
+            return None
+        state = torch.load(self.state, map_location=self.device, weights_only=True)
+        if state["settings"] != asdict(self.settings):
+            raise SystemExit(f"{self.state} was made with other settings; choose another folder.")
         model.load_state_dict(state["model"])
-        start = state["step"]
         for optimizer, saved in zip(optimizers.all, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        return int(state["step"])
+
+
+def train(run: Run) -> dict[str, float]:
+    """Train, and write the checkpoint; exact matches by task at the end."""
+    settings = run.settings
+    if not (run.folder / "config.json").exists():
+        write_settings(run.folder, settings)
+    maker = Maker(run.folder, settings.slots, settings.seed)
+    model = Tiny(run.folder, maker, settings.seed).to(run.device)
+    optimizers = Optimizers(model, settings)
+    start = run.load(model, optimizers)
     with Progress() as bar:
-        if not state:
-            few = batches(folder, replace(settings, slots=1), 16, 1 << 30, workers)
-            print("encoders", train_encoders(model, few, settings, device, bar), flush=True)
-            del few
+        if start is None:
+            alone = replace(settings, slots=1)  # steps that only look at the clip
+            few = batches(run.folder, alone, 16, 1 << 30, run.workers)
+            print("encoders", train_encoders(model, few, settings, run.device, bar), flush=True)
+            start = 0
+            run.save(model, optimizers, start)
         task = bar.add_task("decoder", total=settings.steps, completed=start)
-        began = time.monotonic()
-        stream = batches(folder, settings, settings.batch, start, workers)
-        for step, batch in zip(range(start, settings.steps), stream, strict=False):
-            with half(batch):
-                loss, answers = model.loss(batch.to(device), settings.look_ahead)
-            loss.backward()
-            optimizers.step(step)
+        stream = batches(run.folder, settings, settings.batch, start, run.workers)
+        for step, batch in zip(range(start + 1, settings.steps + 1), stream, strict=False):
+            answers = train_step(model, optimizers, batch.to(run.device), step)
             bar.update(task, advance=1, description=f"decoder: loss of answers {answers:.3f}")
-            if not math.isfinite(answers):
-                raise SystemExit(f"The loss is {answers} at step {step}.")
-            if (step + 1) % 100 == 0 or step + 1 == settings.steps:
-                shares = examine(model, maker, 16, device)
-                told = " ".join(f"{name} {share:.2f}" for name, share in shares.items())
-                passed = time.monotonic() - began
-                print(f"step {step + 1} {passed:.0f} s loss {answers:.3f} {told}", flush=True)
-                torch.save(
-                    {
-                        "settings": asdict(settings),
-                        "model": model.state_dict(),
-                        "optimizers": [one.state_dict() for one in optimizers.all],
-                        "step": step + 1,
-                    },
-                    state_file,
-                )
-    save(model, folder)
-    return examine(model, maker, 200, device)
+            if step % run.save_every == 0 or step == settings.steps:
+                shares = examine(model, maker, 16, run.device)
+                print(f"step {step}: loss {answers:.3f} {in_words(shares)}", flush=True)
+                run.save(model, optimizers, step)
+    save(model, run.folder)
+    return examine(model, maker, run.clips, run.device)
+
+
+def train_step(model: Tiny, optimizers: Optimizers, batch: Batch, step: int) -> float:
+    """Step number ``step``, from 1 on; the loss of the answers before it."""
+    with half(batch):
+        loss, answers = model.loss(batch, optimizers.settings.look_ahead)
+    if not math.isfinite(answers):
+        raise SystemExit(f"The loss is {answers} at step {step}.")
+    loss.backward()
+    optimizers.step(step - 1)
+    return answers
+
+
+def in_words(shares: dict[str, float]) -> str:
+    return " ".join(f"{name} {share:.2f}" for name, share in shares.items())
 
 
 def main() -> None:
@@ -361,7 +396,7 @@ def main() -> None:
     torch.set_num_threads(arguments.pop("threads"))
     folder, device = arguments.pop("output"), torch.device(arguments.pop("device"))
     workers = arguments.pop("workers")
-    shares = train(folder, Settings(**arguments), device, workers)
+    shares = train(Run(folder, Settings(**arguments), device, workers))
     print(json.dumps(shares, indent=1))
 
 

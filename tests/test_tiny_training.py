@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the tiny audio-video model: its batches, and going on where it stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "evaluation" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def train() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import train
+
+        yield train
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_packed_questions_are_separate_prompts(train: ModuleType, tmp_path: Path) -> None:
+    """Logits of each question in a row equal those of transformers for that prompt alone."""
+    settings = train.Settings(layers=2, heads=2, slots=3)
+    folder = tmp_path / "model"
+    train.write_settings(folder, settings)
+    maker = train.Maker(folder, settings.slots, 0)
+    model = train.Tiny(folder, maker, 0).eval()
+    batch = maker.batch(0, 2)
+    with torch.inference_mode():
+        packed = model(batch)[0]
+        for row in range(2):
+            prefix = batch.tokens[row, : len(maker.prefix)]
+            for slot in range(settings.slots):
+                mine = batch.slot[row] == slot
+                alone = model.thinker(
+                    input_ids=torch.cat([prefix, batch.tokens[row, mine]])[None],
+                    attention_mask=torch.ones(1, len(prefix) + int(mine.sum()), dtype=torch.long),
+                    pixel_values_videos=batch.pixels[row],
+                    video_grid_thw=maker.grid,
+                    input_features=batch.mel[row, None],
+                    feature_attention_mask=torch.ones(1, batch.mel.shape[2], dtype=torch.long),
+                    video_second_per_grid=torch.tensor([2 / train.tiny_av.FPS]),
+                    use_audio_in_video=False,
+                ).logits[0, len(prefix) :]
+                torch.testing.assert_close(packed[row, mine], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_labels_are_the_answers(train: ModuleType, tmp_path: Path) -> None:
+    settings = train.Settings(slots=4)
+    train.write_settings(tmp_path / "model", settings)
+    maker = train.Maker(tmp_path / "model", 4, 0)
+    batch = maker.batch(3, 2)
+    for row in range(2):
+        for slot in range(4):
+            mine = batch.slot[row] == slot
+            labels = batch.labels[row, mine]
+            told = maker.tokenizer.decode(labels[labels != train.IGNORED].tolist())
+            whole = maker.tokenizer.decode(batch.tokens[row, mine].tolist())
+            assert whole.endswith(f"<|im_start|>assistant\n{told}") and told.endswith("<|im_end|>")
+            place = int(batch.last[row, slot])
+            assert batch.labels[row, place] == labels[labels != train.IGNORED][0]
+
+
+def test_training_goes_on_where_it_stopped(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And comes to the same weights."""
+    settings = train.Settings(layers=2, heads=2, steps=4, encoder_steps=2, batch=1, slots=2)
+
+    def run(name: str, settings: Any) -> dict[str, float]:
+        device = torch.device("cpu")
+        return train.train(
+            train.Run(tmp_path / name, settings, device, workers=0, save_every=2, clips=8)
+        )
+
+    assert set(run("one", settings)) == set(train.tiny_av.TASKS)
+    step = train.train_step
+
+    def stopped(model: Any, optimizers: Any, batch: Any, number: int) -> float:
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(model, optimizers, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run("two", settings)
+    run("two", settings)
+    one, two = (
+        torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two")
+    )
+    assert one["step"] == two["step"] == 4
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, two["model"][name]), name
+    with pytest.raises(SystemExit, match="other settings"):
+        run("two", replace(settings, rate=1.0))
