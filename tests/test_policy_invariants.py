@@ -158,7 +158,7 @@ class Sample:
     def scores(self, policy: Policy) -> torch.Tensor:
         first = policy.first_query(self.layout)
         rows = self.queries[:, first:].movedim(0, 1)
-        scale, weights = WIDTH**-0.5, policy.weights(self.layout)
+        scale, weights = WIDTH**-0.5, policy.weights(self.layout, self.keys.device)
         return observed_attention(rows, self.keys, first, scale, weights)
 
     def select(self, policy: Policy, scores: torch.Tensor | None = None) -> Selection:
