@@ -49,8 +49,8 @@ class Readback:
 def record(
     selection: Selection, kept: Kept, num_heads: int, place: int | None = None
 ) -> dict[str, Any]:
-    """JSON-able form of what a layer kept: per KV head, token indices and merged modalities.
-    Waits for the device.
+    """JSON-able form of what a layer kept: per KV head, token indices and merged modalities; how
+    many tokens AccKV's filter looked at and dropped, once or per KV head. Waits for the device.
 
     Args:
         place: of the layer among those that were decided together.
@@ -58,6 +58,9 @@ def record(
 
     def of_layer(numbers: torch.Tensor) -> torch.Tensor:
         return numbers if place is None else numbers[place]
+
+    def number(tokens: torch.Tensor | None) -> int:
+        return 0 if tokens is None else int(of_layer(tokens).sum())
 
     freed, weight = torch.as_tensor(kept.all_freed), selection.video_weight
     tokens = of_layer(kept.tokens).expand(num_heads, -1)
@@ -69,6 +72,8 @@ def record(
     return {
         "freed_blocks": int(of_layer(freed) if freed.dim() else freed),
         "video_weight": [] if weight is None else of_layer(weight).tolist(),
+        "filtered": number(selection.filtered),
+        "rejected": number(selection.rejected),
         "tokens": [head.nonzero().flatten().tolist() for head in tokens],
         "merged": merged,
     }

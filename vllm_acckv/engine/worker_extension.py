@@ -21,8 +21,8 @@ class KVPolicyWorkerExtension:
 
     def kv_policy_take_records(self) -> dict[str, dict[str, Any]]:
         """Records since :meth:`kv_policy_record` or the last call: request id -> layer name ->
-        ``freed_blocks``, ``video_weight`` (W_v of eq. 4), ``tokens`` and ``merged`` (per KV
-        head)."""
+        ``freed_blocks``, ``video_weight`` (W_v of eq. 4), ``filtered``, ``rejected``, ``tokens``
+        and ``merged`` (per KV head)."""
         worker = current_worker()
         if worker is None or worker.records is None:
             return {}

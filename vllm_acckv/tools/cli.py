@@ -87,6 +87,50 @@ def demo(
         raise _failure(error) from None
 
 
+@main.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint that vLLM serves.")],
+    output: Annotated[Path, typer.Option(help="Folder for clips, answers and results.")],
+    policies: Annotated[
+        str, typer.Option(help="Names, separated by commas.")
+    ] = "full,acckv,snapkv",
+    budgets: Annotated[str, typer.Option(help="Ratios or numbers of tokens.")] = "0.2,0.1",
+    taus: Annotated[str, typer.Option(help="For policies that have a tau.")] = "",
+    questions: Annotated[int, typer.Option(min=1, help="How many.")] = 500,
+    seed: _Seed = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
+) -> None:
+    """Ask questions about clips of the tiny world under several policies; stopped, it goes on."""
+    from vllm_acckv.evaluation import tiny_av
+    from vllm_acckv.evaluation.arms import grid
+    from vllm_acckv.evaluation.report import markdown
+    from vllm_acckv.evaluation.run import evaluate
+
+    try:
+        arms = grid(policies.split(","), _numbers(budgets), _numbers(taus))
+        data = tiny_av.load(output / "clips", questions, seed)
+        from vllm_acckv.evaluation.in_vllm import InVLLM
+
+        answerer = InVLLM(
+            model,
+            output,
+            max_tokens,
+            max_model_len=4096,
+            limit_mm_per_prompt={"video": 1, "audio": 1},
+        )
+        lines = evaluate(answerer, arms, data.samples, output, Console(stderr=True))
+    except KVPolicyError as error:
+        raise _failure(error) from None
+    typer.echo(markdown(lines))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError:
+        raise typer.BadParameter(f"{text} must be numbers separated by commas.") from None
+
+
 def _failure(error: Exception) -> typer.Exit:
     typer.echo(f"error: {error}", err=True)
     return typer.Exit(1)
