@@ -233,9 +233,10 @@ class Optimizers:
         for other in (model.second, model.ahead):
             rest += other.parameters()
         self.all = [
-            torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, rate, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.Muon(matrices, rate, weight_decay=0.01),
+            torch.optim.AdamW(rest, rate / 2, betas=(0.9, 0.95), weight_decay=0.0),
         ]
+        self._rates = [rate, rate / 2]
         self.settings = settings
         self.parameters = matrices + rest
 
@@ -243,9 +244,9 @@ class Optimizers:
         done = number / self.settings.steps
         factor = min(1.0, (number + 1) / 50) * min(1.0, 2.5 * (1 - done)) + 1e-3
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.all:
+        for optimizer, rate in zip(self.all, self._rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = self.settings.rate * factor
+                group["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
