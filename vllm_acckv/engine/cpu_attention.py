@@ -147,7 +147,7 @@ class KVPolicyCPUAttentionImpl(CPUAttentionBackendImpl):
 
 
 class CPUPagedKV:
-    """One request's part of a layer's cache, see :class:`vllm_acckv.engine.worker.PagedKV`."""
+    """One request's part of a layer's cache, see :class:`vllm_acckv.engine.rows.PagedKV`."""
 
     def __init__(
         self,

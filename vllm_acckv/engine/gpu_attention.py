@@ -202,7 +202,7 @@ class _ImplMixin:
 
 
 class GPUPagedKV:
-    """One request's part of a layer's cache, see :class:`vllm_acckv.engine.worker.PagedKV`."""
+    """One request's part of a layer's cache, see :class:`vllm_acckv.engine.rows.PagedKV`."""
 
     def __init__(
         self,
