@@ -45,7 +45,7 @@ class Settings:
     encoder_steps: int = 500
     batch: int = 8
     slots: int = 10
-    rate: float = 3e-3
+    rate: float = 2e-3
     look_ahead: float = 0.3
 
 
@@ -113,7 +113,7 @@ class Optimizers:
         for other in (model.second, model.ahead):
             rest += other.parameters()
         self.all = [
-            torch.optim.Muon(matrices, rate, weight_decay=0.01),
+            torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, rate / 2, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self._rates = [rate, rate / 2]
