@@ -103,7 +103,6 @@ def evaluate(
     """Ask questions about clips of the tiny world under several policies; stopped, it goes on."""
     from vllm_acckv.evaluation import tiny_av
     from vllm_acckv.evaluation.arms import grid
-    from vllm_acckv.evaluation.report import markdown
     from vllm_acckv.evaluation.run import evaluate
 
     try:
@@ -118,10 +117,10 @@ def evaluate(
             max_model_len=4096,
             limit_mm_per_prompt={"video": 1, "audio": 1},
         )
-        lines = evaluate(answerer, arms, data.samples, output, Console(stderr=True))
+        evaluate(answerer, arms, data.samples, output, Console(stderr=True))
     except KVPolicyError as error:
         raise _failure(error) from None
-    typer.echo(markdown(lines))
+    typer.echo((output / "results.md").read_text())
 
 
 def _numbers(text: str) -> list[float]:
