@@ -19,6 +19,7 @@ from vllm_acckv import cpu_media
 from vllm_acckv.evaluation import tiny_av
 
 IGNORED = -100
+SHARES = {"colours": 1, "shapes": 1, "sounds": 1, "second": 1, "see": 2, "hear": 2, "count": 2}
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,15 @@ class Maker:
             seen("sound", list(tiny_av.SOUNDS)),
         )
 
+    def _task(self, clip: tiny_av.Clip, rng: np.random.Generator) -> str:
+        """By shares; a clip that allows no such question gets one of another task."""
+        while True:
+            task = str(
+                rng.choice(list(SHARES), p=np.array([*SHARES.values()]) / sum(SHARES.values()))
+            )
+            if tiny_av.TASKS[task](clip, np.random.default_rng(0)) is not None:
+                return task
+
     def _row(self, clip: tiny_av.Clip, rng: np.random.Generator) -> dict[str, Any]:
         """Tokens behind the prefix; ``offset`` counts from the end of the prefix."""
         prefix, tasks = len(self.prefix), list(tiny_av.TASKS)
@@ -144,7 +154,7 @@ class Maker:
         )
         row: dict[str, Any] = {"task": [], "last": []}
         for number in range(self.slots):
-            question = tiny_av.ask(clip, rng)
+            question = tiny_av.ask(clip, rng, self._task(clip, rng))
             asked = self.tokenizer.encode(question.text + self._behind)
             answer = self.tokenizer.encode(question.answer + "<|im_end|>")
             row["task"].append(tasks.index(question.task))

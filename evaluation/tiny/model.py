@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from vllm_acckv.evaluation import tiny_av
 from vllm_acckv.tools import tiny_model
 
+SHARPNESS = 8.0
 SPREAD = 0.5
 """Root mean square of embeddings, of text as of clips."""
 
@@ -33,13 +34,11 @@ class Tiny(nn.Module):
         text = self.thinker.config.text_config
         nn.init.normal_(self.thinker.model.embed_tokens.weight, std=SPREAD)
         width = text.hidden_size
-        self.probes = nn.ModuleDict(
-            {
-                "colour": nn.Linear(width, len(tiny_av.COLOURS)),
-                "shape": nn.Linear(width, len(tiny_av.SHAPES)),
-                "sound": nn.Linear(width, len(tiny_av.SOUNDS)),
-            }
-        )
+        words = {"colour": tiny_av.COLOURS, "shape": tiny_av.SHAPES, "sound": tiny_av.SOUNDS}
+        for name, several in words.items():
+            tokens = [maker.tokenizer.encode(f" {word}") for word in several]
+            assert all(len(one) == 1 for one in tokens), f"a {name} is more than one token"
+            self.register_buffer(f"words_{name}", torch.tensor(tokens)[:, 0])
         self.second = nn.Linear(width, tiny_av.SECONDS)
         self.ahead = nn.Linear(width, text.vocab_size)
         prefix = torch.tensor(maker.prefix)
@@ -72,11 +71,12 @@ class Tiny(nn.Module):
         video, audio = self.embed(batch)
         sizes = torch.cat([video, audio], 1).square().mean(-1).sqrt()
         loss, right = (sizes - SPREAD).square().mean(), {}
-        for name, probe in self.probes.items():
+        for name in ("colour", "shape", "sound"):
             part = audio if name == "sound" else video
             by_second = part.unflatten(1, (tiny_av.SECONDS, -1)).mean(2)
             truth = getattr(batch, name)
-            guess = probe(by_second / SPREAD)
+            words = self.thinker.model.embed_tokens(self.get_buffer(f"words_{name}")).detach()
+            guess = by_second @ words.T / SHARPNESS
             loss = loss + cross_entropy(guess.flatten(0, 1), truth.flatten())
             right[name] = float((guess.argmax(-1) == truth).float().mean())
         return loss, right

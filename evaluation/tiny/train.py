@@ -39,8 +39,8 @@ class Settings:
     """
 
     seed: int = 0
-    layers: int = 6
-    heads: int = 6
+    layers: int = 4
+    heads: int = 4
     steps: int = 1500
     encoder_steps: int = 500
     batch: int = 8
@@ -145,7 +145,7 @@ def train_encoders(
     model: Tiny, stream: Iterator[Batch], settings: Settings, device: torch.device, bar: Progress
 ) -> dict[str, float]:
     parameters = [*model.thinker.visual.parameters(), *model.thinker.audio_tower.parameters()]
-    parameters = [*filter(lambda one: one.requires_grad, parameters), *model.probes.parameters()]
+    parameters = [one for one in parameters if one.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
     steps = settings.encoder_steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -222,8 +222,8 @@ def _hear(clip: Clip, rng: np.random.Generator) -> Question | None:
 
 def _count(clip: Clip, rng: np.random.Generator) -> Question:
     colour = str(rng.choice(sorted({one.colour for one in clip})))
-    seen = [number for number, one in enumerate(clip, 1) if one.colour == colour]
-    answer = f"it is at {' '.join(map(str, seen))} so {len(seen)} times"
+    seen = [colour if one.colour == colour else "no" for one in clip]
+    answer = f"{_listed(seen)} so {seen.count(colour)} times"
     return Question("count", f"how often is {colour} seen", answer, VIDEO)
 
 
