@@ -32,6 +32,7 @@ from vllm_acckv.spans import VIDEO
 # Settings by policy; those below MERGING make entries that stand for several tokens.
 EXACT: dict[str, dict[str, Any]] = {
     "acckv": {"calibration": False},
+    "cross_merge": {"unimportant": "evict"},
     "drop_audio": {"budget": 0.3},
     "drop_video": {},
     "fastv": {"budget": 0.6, "first_pruned_layer": 1},
@@ -49,6 +50,8 @@ MERGING: dict[str, dict[str, Any]] = {
     "acckv": {},
     "acckv corrected": {"preset": "corrected"},
     "acckv head": {"head_mode": "head", "tau_mode": "quantile", "tau": 0.5},
+    "cross_merge": {},
+    "cross_merge nearest": {"unimportant": "nearest"},
     "lookm": {},
     "position_prior": {},
 }

@@ -43,6 +43,9 @@ CASES: list[Case] = [
     ("acckv-strict-tokens", "acckv", {"strict_budget": "tokens"}),
     ("acckv-strict-entries", "acckv", {"strict_budget": "entries"}),
     ("acckv-keep-low", "acckv", {"tau": 1, "min_keep_low": 2, "filter_merged": False}),
+    ("cross-merge", "cross_merge", {}),
+    ("cross-merge-evict", "cross_merge", {"unimportant": "evict", "budget_scope": "total"}),
+    ("cross-merge-nearest", "cross_merge", {"unimportant": "nearest", "redistribution": "off"}),
     ("drop-audio", "drop_audio", {"budget": 1.0}),
     ("drop-audio-budget", "drop_audio", {}),
     ("drop-video-budget", "drop_video", {"budget_scope": "total"}),
@@ -125,7 +128,8 @@ def keeps_text(policy: Policy) -> bool:
 
 
 def merges_into_tokens(policy: Policy) -> bool:
-    return getattr(policy, "merge", "none") != "none"
+    nearest = getattr(policy, "unimportant", "evict") == "nearest"
+    return nearest or getattr(policy, "merge", "none") != "none"
 
 
 class Sample:
