@@ -164,3 +164,23 @@ def measure(
     (output / "figure1.json").write_text(json.dumps(groups, indent=1) + "\n")
     plots.attention(groups, output / "figure1.svg")
     return groups
+
+
+def markdown(groups: Mapping[str, Mapping[str, Any]], model: str, data: str) -> str:
+    """Shares of attention by layer, of :func:`measure`."""
+    rows = [["questions that need", "layer", "video", "audio", "text", "video per token / audio"]]
+    rows.append(["---"] * 6)
+    for name, group in groups.items():
+        shares, each = group["shares"], group["per_token"]
+        for layer in range(len(shares["text"])):
+            told = [f"{shares[kind][layer]:.3f}" for kind in ("video", "audio", "text")]
+            ratio = "-"
+            if each["video"] and each["audio"] and each["audio"][layer]:
+                ratio = f"{each['video'][layer] / each['audio'][layer]:.2f}"
+            rows.append([f"{name} ({group['samples']})", str(layer), *told, ratio])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"## Figure 1: attention of the trailing text\n\n{table}\n\n"
+        f"* Ours: {model} on {data}.\n"
+        "* Paper: VideoLLaMA2; attention goes to video in high layers, whatever the question.\n"
+    )

@@ -30,9 +30,15 @@ def evaluate(
     samples: Sequence[Sample],
     output: Path,
     console: Console,
+    metric: str = "exact",
+    allow_unequal: bool = False,
 ) -> list[Line]:
     """Ask what ``answers.jsonl`` in ``output`` does not hold yet, and write ``results.json`` and
     ``results.md`` beside it.
+
+    Args:
+        metric: the first in the table, and that of its tasks.
+        allow_unequal: put arms of unequal size into one table; otherwise each stands for itself.
 
     Raises:
         KVPolicyError: for a line in that file that is no answer.
@@ -52,22 +58,29 @@ def evaluate(
                     bar.advance(task)  # type: ignore[arg-type]
 
             answers.add(told(answerer.answer(arm, left)))
-    lines = [line(arm, samples, answers) for arm in arms]
-    table = markdown(lines)
-    if warning := uncomparable(lines):
-        table += f"\n\nNot comparable: {warning}"
+    lines = [line(arm, samples, answers, metric) for arm in arms]
+    refused = refusals(lines)
+    if allow_unequal:
+        warnings = [f"Not comparable: {reason}" for reason in dict.fromkeys(refused.values())]
+        table = "\n\n".join([markdown(lines, metric), *warnings])
+    else:
+        table = markdown(lines, metric, refused)
     (output / "results.json").write_text(json.dumps([asdict(one) for one in lines], indent=1))
-    (output / "results.md").write_text(table + "\n")
+    (output / "results.md").write_text(table + "\n", "utf-8")
     return lines
 
 
-def uncomparable(lines: Sequence[Line]) -> str | None:
-    """Why arms of one budget differ in size too much to be compared, or ``None``."""
+def refusals(lines: Sequence[Line]) -> dict[str, str]:
+    """Arms that must not be compared, with the reason: all of a budget of which two differ too much
+    in size, be it because AccKV's filter dropped tokens."""
     by_budget: dict[str, dict[str, float]] = {}
     for one in lines:
-        budget = next((part for part in one.arm.split() if part.startswith("budget=")), "")
-        by_budget.setdefault(budget, {})[one.arm] = one.entries
-    for sizes in by_budget.values():
-        if reason := unequal(sizes, lines[0].tokens):
-            return reason
-    return None
+        words = [part for part in one.arm.split() if part.startswith(("budget=", "budget_scope="))]
+        by_budget.setdefault(" ".join(words), {})[one.arm] = one.entries
+    return {
+        arm: reason
+        for sizes in by_budget.values()
+        if (reason := unequal(sizes, lines[0].tokens))
+        for arm in sizes
+        if arm.split()[0] != "full"
+    }

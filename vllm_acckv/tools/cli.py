@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``vllm-acckv``: a tiny model, clips and a demonstration, all made on the spot.
+"""The command ``vllm-acckv``: a tiny model, clips, a demonstration, and evaluations of any model.
 
 Commands import what they need when they run; PyTorch alone would slow down ``--help``.
 """
@@ -7,7 +7,7 @@ Commands import what they need when they run; PyTorch alone would slow down ``--
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +21,8 @@ main = typer.Typer(
     help="Try the KV policies of vllm-acckv without downloading a model.",
 )
 
+Task = Literal["tiny-av", "mvbench", "avsd"]
+Runner = Literal["vllm", "hf", "server"]
 _Seed = Annotated[int, typer.Option(help="Another seed, another content.")]
 
 
@@ -63,9 +65,9 @@ def clip(
 
 @main.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option(help="Folder for the model, the clip and the server's log.")
-    ] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="Folder for the clip and the server's log.")] = Path(
+        "demo-output"
+    ),
     policy: Annotated[str, typer.Option(help="KV policy to try.")] = DEFAULT_POLICY,
     budget: Annotated[
         float | None, typer.Option(help="Audio-video tokens to keep: a ratio, or a number above 1.")
@@ -73,61 +75,88 @@ def demo(
     tau: Annotated[
         float | None, typer.Option(help="AccKV's similarity below which tokens are dropped.")
     ] = None,
+    seed: _Seed = 0,
     port: Annotated[int, typer.Option(help="Port of the server; 0 is any free one.")] = 0,
 ) -> None:
-    """Serve a tiny model under a KV policy and compare its answers with those of the full cache."""
+    """Serve a small model under a KV policy, ask about a clip, and compare with the full cache."""
     from vllm_acckv.tools import demo as demonstration
     from vllm_acckv.tools.server import ServerError
 
     try:
         options = {"budget": budget, "tau": tau}
         given = {key: value for key, value in options.items() if value is not None}
-        demonstration.run(output, policy, given, port, Console())
+        demonstration.run(output, policy, given, seed, port, Console())
     except (KVPolicyError, ServerError, FileExistsError) as error:
         raise _failure(error) from None
 
 
 @main.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint that vLLM serves.")],
     output: Annotated[Path, typer.Option(help="Folder for clips, answers and results.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A checkpoint; of a server, the name it is served by."),
+    ] = None,
+    task: Annotated[Task, typer.Option(help="Which questions; see docs/datasets.md.")] = "tiny-av",
+    annotations: Annotated[
+        Path | None, typer.Option(help="MVBench's folder, or AVSD's file of dialogues.")
+    ] = None,
+    videos: Annotated[Path | None, typer.Option(help="Folder of AVSD's videos.")] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Answers to AVSD's test set, where it has none.")
+    ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option(help="Whether to leave out questions about missing videos.")
+    ] = False,
+    runner: Annotated[
+        Runner, typer.Option(help="vLLM in this process, transformers, or a running server.")
+    ] = "vllm",
+    url: Annotated[str | None, typer.Option(help="Of a server: http://localhost:8000.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Of a server.", envvar=["VLLM_API_KEY", "OPENAI_API_KEY"]),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="An experiment of the paper, in place of policies.")
+    ] = None,
     policies: Annotated[
-        str, typer.Option(help="Names, separated by commas.")
-    ] = "full,acckv,snapkv",
-    budgets: Annotated[str, typer.Option(help="Ratios or numbers of tokens.")] = "0.2,0.1",
-    taus: Annotated[str, typer.Option(help="For policies that have a tau.")] = "",
-    questions: Annotated[int, typer.Option(min=1, help="How many.")] = 500,
+        str | None,
+        typer.Option(help="Names, separated by commas.", show_default="full,acckv,snapkv"),
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Ratios or numbers of tokens.", show_default="0.2,0.1")
+    ] = None,
+    taus: Annotated[str | None, typer.Option(help="For policies that have a tau.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many, of all tasks alike.")] = 500,
     seed: _Seed = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Fill up to whole KV blocks, as vLLM does; transformers only.",
+            show_default="exact budgets",
+        ),
+    ] = None,
+    allow_unequal: Annotated[
+        bool, typer.Option(help="Whether to compare policies that keep unequal numbers of entries.")
+    ] = False,
 ) -> None:
-    """Ask questions about clips of the tiny world under several policies; stopped, it goes on."""
-    from vllm_acckv.evaluation import tiny_av
-    from vllm_acckv.evaluation.arms import grid
-    from vllm_acckv.evaluation.run import evaluate
+    """Ask questions about clips under several policies; stopped, it goes on.
+
+    Exit code 3: policies were not compared, because they keep unequal numbers of entries.
+    """
+    given = locals()
+    from vllm_acckv.evaluation import command
+    from vllm_acckv.evaluation.samples import DatasetError
 
     try:
-        arms = grid(policies.split(","), _numbers(budgets), _numbers(taus))
-        data = tiny_av.load(output / "clips", questions, seed)
-        from vllm_acckv.evaluation.in_vllm import InVLLM
-
-        answerer = InVLLM(
-            model,
-            output,
-            max_tokens,
-            max_model_len=4096,
-            limit_mm_per_prompt={"video": 1, "audio": 1},
-        )
-        evaluate(answerer, arms, data.samples, output, Console(stderr=True))
-    except KVPolicyError as error:
+        report, code = command.run(command.Options(**given), Console(stderr=True))
+    except (KVPolicyError, DatasetError) as error:
         raise _failure(error) from None
-    typer.echo((output / "results.md").read_text())
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",") if part]
-    except ValueError:
-        raise typer.BadParameter(f"{text} must be numbers separated by commas.") from None
+    typer.echo(report)
+    if code:
+        raise typer.Exit(code)
 
 
 def _failure(error: Exception) -> typer.Exit:
