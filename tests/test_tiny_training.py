@@ -34,7 +34,7 @@ def test_packed_questions_are_separate_prompts(train: ModuleType, tmp_path: Path
     train.write_settings(folder, settings)
     maker = train.Maker(folder, settings.slots, 0)
     model = train.Tiny(folder, maker, 0).eval()
-    batch = maker.batch(0, 2)
+    batch = maker.batch(0, 2, held_out=True)
     with torch.inference_mode():
         packed = model(batch)[0]
         for row in range(2):
@@ -68,6 +68,36 @@ def test_labels_are_the_answers(train: ModuleType, tmp_path: Path) -> None:
             assert whole.endswith(f"<|im_start|>assistant\n{told}") and told.endswith("<|im_end|>")
             place = int(batch.last[row, slot])
             assert batch.labels[row, place] == labels[labels != train.IGNORED][0]
+
+
+def test_some_searches_see_a_part_of_the_clip(train: ModuleType, tmp_path: Path) -> None:
+    settings = train.Settings(slots=6)
+    train.write_settings(tmp_path / "model", settings)
+    maker = train.Maker(tmp_path / "model", 6, 0)
+    assert maker.batch(0, 4, held_out=True).visible.all()
+    batch = maker.batch(0, 4)
+    tasks, length = list(train.tiny_av.TASKS), len(maker.prefix)
+    searches = (batch.task == tasks.index("see")) | (batch.task == tasks.index("hear"))
+    hidden = ~batch.visible.all(-1)
+    assert (
+        (searches & hidden).any() and (searches & ~hidden).any() and not (~searches & hidden).any()
+    )
+    assert batch.visible.any(-1).all()
+    mask = batch.mask()[:, 0]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    assert (mask[:, :length, :length] == causal).all()
+    for row in range(4):
+        for slot in range(6):
+            seen = mask[row, batch.slot[row] == slot, :length]
+            clip = batch.second >= 0
+            expected = batch.visible[row, slot, batch.second[clip]]
+            assert (seen[:, clip] == expected).all() and seen[:, ~clip].all()
+            # The second in the answer of a search is among them.
+            mine = (batch.slot[row] == slot) & (batch.labels[row] != train.IGNORED)
+            told = maker.tokenizer.decode(batch.labels[row, mine].tolist())
+            if searches[row, slot]:
+                (asked,) = [int(one) for one in told if one.isdigit()]
+                assert batch.visible[row, slot, asked - 1]
 
 
 def test_training_goes_on_where_it_stopped(

@@ -7,7 +7,8 @@ equals as many separate prompts and costs a fraction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,21 @@ import torch
 from vllm_acckv import cpu_media
 from vllm_acckv.evaluation import tiny_av
 
+cpu_media.fix()  # in front of the first import of transformers
+
 IGNORED = -100
-SHARES = {"colours": 1, "shapes": 1, "sounds": 1, "second": 1, "see": 2, "hear": 2, "count": 2}
+SHARES = {
+    "colours": 1,
+    "shapes": 1,
+    "sounds": 1,
+    "second": 1,
+    "see": 2,
+    "hear": 2,
+    "count": 1,
+}
+"""How often each task is asked, against the others."""
+HIDDEN = 0.5
+"""Share of the questions that search for a second which see a part of the clip only."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class Batch:
         task: int64 ``[B, slots]``, place in ``tiny_av.TASKS``.
         last: int64 ``[B, slots]``, the token of a prompt that the first word follows.
         colour, shape, sound: int64 ``[B, seconds]``, what there is.
+        second: int64 ``[P]``, of each token of the clip, -1 for text.
+        visible: bool ``[B, slots, seconds]``, what of the clip each question sees.
     """
 
     pixels: torch.Tensor
@@ -47,6 +63,8 @@ class Batch:
     colour: torch.Tensor
     shape: torch.Tensor
     sound: torch.Tensor
+    second: torch.Tensor
+    visible: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         moved = {one.name: getattr(self, one.name).to(device) for one in fields(self)}
@@ -58,14 +76,19 @@ class Batch:
         order = torch.arange(length, device=self.tokens.device)
         same = self.slot[:, None, :, None] == self.slot[:, None, None, :]
         clip = self.slot[:, None, None, :] == -1
-        return (order[:, None] >= order) & (same | clip)
+        seen = (order[:, None] >= order) & (same | clip)
+        # Whether each question sees each token of the clip, and so each row that is part of it.
+        there = self.visible[:, :, self.second.clamp(min=0)] | (self.second < 0)
+        rows = self.slot.clamp(min=0)[..., None].expand(-1, -1, len(self.second))
+        there = there.gather(1, rows) | (self.slot < 0)[..., None]
+        seen[:, 0, :, : len(self.second)] &= there
+        return seen
 
 
 class Maker:
     """Makes batches with the checkpoint's own tokenizer and processors."""
 
     def __init__(self, checkpoint: Path, slots: int, seed: int) -> None:
-        cpu_media.fix()
         from transformers import Qwen2_5OmniProcessor
 
         self.processor = Qwen2_5OmniProcessor.from_pretrained(checkpoint)
@@ -87,6 +110,19 @@ class Maker:
         )
         self.prefix: list[int] = torch.as_tensor(whole["input_ids"])[0].tolist()
         self.grid = torch.as_tensor(whole["video_grid_thw"])
+        self.second = self._seconds()
+
+    def _seconds(self) -> torch.Tensor:
+        """int64 ``[P]``, the second of each token of the clip, -1 for text."""
+        tokens = torch.tensor(self.prefix)
+        seconds = torch.full_like(tokens, -1)
+        for name in ("<|VIDEO|>", "<|AUDIO|>"):
+            (places,) = (tokens == self.tokenizer.convert_tokens_to_ids(name)).nonzero(
+                as_tuple=True
+            )
+            each = len(places) // tiny_av.SECONDS
+            seconds[places] = torch.arange(tiny_av.SECONDS).repeat_interleave(each)
+        return seconds
 
     @property
     def tokenizer(self) -> Any:
@@ -96,6 +132,25 @@ class Maker:
         """The same for the same arguments; ``held_out`` clips are never learnt from."""
         rng = np.random.default_rng([self.seed, int(held_out), step])
         clips = [tiny_av.make_clip(rng) for _ in range(size)]
+        rows = []
+        for clip in clips:
+            asked = [_question(clip, rng) for _ in range(self.slots)]
+            rows.append(self._row(asked, rng, hide=not held_out))
+        return self._batch(clips, rows)
+
+    def about(
+        self, clip: tiny_av.Clip, questions: Sequence[tiny_av.Question]
+    ) -> tuple[Batch, list[tuple[int, int, int]]]:
+        """One row, and of each question where it starts and where its answer starts and ends."""
+        row = self._row(questions, np.random.default_rng(0), hide=False)
+        slot, places = torch.tensor(row["slot"]), list[tuple[int, int, int]]()
+        for number, last in enumerate(row["last"]):
+            (mine,) = (slot == number).nonzero(as_tuple=True)
+            places.append((int(mine[0]), last + 1, int(mine[-1]) + 1))
+        return self._batch([clip], [row]), places
+
+    def _batch(self, clips: Sequence[tiny_av.Clip], rows: Sequence[dict[str, Any]]) -> Batch:
+        size = len(clips)
         video = self.processor.video_processor(
             videos=[np.moveaxis(tiny_av.frames(clip), -1, 1) for clip in clips],
             return_tensors="pt",
@@ -107,7 +162,6 @@ class Maker:
             padding="max_length",
             return_tensors="pt",
         )
-        rows = [self._row(clip, rng) for clip in clips]
         length = max(len(row["tokens"]) for row in rows)
 
         def padded(name: str, fill: int) -> torch.Tensor:
@@ -132,18 +186,13 @@ class Maker:
             seen("colour", list(tiny_av.COLOURS)),
             seen("shape", list(tiny_av.SHAPES)),
             seen("sound", list(tiny_av.SOUNDS)),
+            self.second,
+            torch.tensor(np.array([row["visible"] for row in rows])),
         )
 
-    def _task(self, clip: tiny_av.Clip, rng: np.random.Generator) -> str:
-        """By shares; a clip that allows no such question gets one of another task."""
-        while True:
-            task = str(
-                rng.choice(list(SHARES), p=np.array([*SHARES.values()]) / sum(SHARES.values()))
-            )
-            if tiny_av.TASKS[task](clip, np.random.default_rng(0)) is not None:
-                return task
-
-    def _row(self, clip: tiny_av.Clip, rng: np.random.Generator) -> dict[str, Any]:
+    def _row(
+        self, questions: Sequence[tiny_av.Question], rng: np.random.Generator, hide: bool
+    ) -> dict[str, Any]:
         """Tokens behind the prefix; ``offset`` counts from the end of the prefix."""
         prefix, tasks = len(self.prefix), list(tiny_av.TASKS)
         tokens, labels, slot, offset = (
@@ -152,18 +201,41 @@ class Maker:
             [-1] * prefix,
             [0] * prefix,
         )
-        row: dict[str, Any] = {"task": [], "last": []}
-        for number in range(self.slots):
-            question = tiny_av.ask(clip, rng, self._task(clip, rng))
+        row: dict[str, Any] = {"task": [], "last": [], "visible": []}
+        for number, question in enumerate(questions):
             asked = self.tokenizer.encode(question.text + self._behind)
             answer = self.tokenizer.encode(question.answer + "<|im_end|>")
             row["task"].append(tasks.index(question.task))
             row["last"].append(len(tokens) + len(asked) - 1)
+            row["visible"].append(_visible(question, rng, hide))
             tokens += asked + answer
             labels += [IGNORED] * (len(asked) - 1) + answer + [IGNORED]
             slot += [number] * (len(asked) + len(answer))
             offset += range(len(asked) + len(answer))
         return {**row, "tokens": tokens, "labels": labels, "slot": slot, "offset": offset}
+
+
+def _question(clip: tiny_av.Clip, rng: np.random.Generator) -> tiny_av.Question:
+    """One of a task by its share; a clip that allows none gets one of another task."""
+    names, shares = list(SHARES), np.array([*SHARES.values()])
+    while True:
+        question = tiny_av.TASKS[str(rng.choice(names, p=shares / shares.sum()))](clip, rng)
+        if question is not None:
+            return question
+
+
+def _visible(question: tiny_av.Question, rng: np.random.Generator, hide: bool) -> np.ndarray:
+    """Seconds that a question sees, bool ``[seconds]``.
+
+    Questions that search for a second are not learnt while there are eight to choose from, and
+    soon if they sometimes see a few only, the one that is asked about among them.
+    """
+    seen = np.ones(tiny_av.SECONDS, bool)
+    if hide and question.task in ("see", "hear") and rng.random() < HIDDEN:
+        (asked,) = re.findall(r"\d", question.answer)
+        seen[rng.permutation(tiny_av.SECONDS)[: rng.integers(tiny_av.SECONDS)]] = False
+        seen[int(asked) - 1] = True
+    return seen
 
 
 class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from data import IGNORED, Batch, Maker
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, rms_norm
 
 from vllm_acckv.evaluation import tiny_av
 from vllm_acckv.tools import tiny_model
@@ -34,12 +34,18 @@ class Tiny(nn.Module):
         text = self.thinker.config.text_config
         nn.init.normal_(self.thinker.model.embed_tokens.weight, std=SPREAD)
         width = text.hidden_size
-        words = {"colour": tiny_av.COLOURS, "shape": tiny_av.SHAPES, "sound": tiny_av.SOUNDS}
+        words = {
+            "colour": list(tiny_av.COLOURS),
+            "shape": list(tiny_av.SHAPES),
+            "sound": list(tiny_av.SOUNDS),
+            "second": [str(number) for number in range(1, tiny_av.SECONDS + 1)],
+        }
         for name, several in words.items():
-            tokens = [maker.tokenizer.encode(f" {word}") for word in several]
+            # Words bring their space along, digits do not.
+            written = (word if word.isdigit() else f" {word}" for word in several)
+            tokens = [maker.tokenizer.encode(one) for one in written]
             assert all(len(one) == 1 for one in tokens), f"a {name} is more than one token"
             self.register_buffer(f"words_{name}", torch.tensor(tokens)[:, 0])
-        self.second = nn.Linear(width, tiny_av.SECONDS)
         self.ahead = nn.Linear(width, text.vocab_size)
         prefix = torch.tensor(maker.prefix)
         for name, token in (("video", "<|VIDEO|>"), ("audio", "<|AUDIO|>")):
@@ -75,19 +81,29 @@ class Tiny(nn.Module):
             part = audio if name == "sound" else video
             by_second = part.unflatten(1, (tiny_av.SECONDS, -1)).mean(2)
             truth = getattr(batch, name)
-            words = self.thinker.model.embed_tokens(self.get_buffer(f"words_{name}")).detach()
-            guess = by_second @ words.T / SHARPNESS
+            guess = self._told(by_second, name)
             loss = loss + cross_entropy(guess.flatten(0, 1), truth.flatten())
             right[name] = float((guess.argmax(-1) == truth).float().mean())
         return loss, right
+
+    def _told(self, states: torch.Tensor, what: str) -> torch.Tensor:
+        """Logits of words from states ``[..., width]`` that lie near the embeddings of words, as
+        the output of a real model's projector does. What is said in the decoder's own words can be
+        looked up and copied; what only a linear probe can read has to be learnt first."""
+        words = self.thinker.model.embed_tokens(self.get_buffer(f"words_{what}")).detach()
+        return states @ words.T / SHARPNESS
+
+    def positions(self, batch: Batch) -> torch.Tensor:
+        """Rotary positions int64 ``[3, B, L]``; every question follows the clip at once."""
+        prefix = self.prefix_position.shape[2]
+        position = batch.position + self.prefix_position.max() + 1
+        position[:, :, :prefix] = self.prefix_position
+        return position
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Logits ``[B, L, vocab]``, the last hidden states, and those of layer 2 of the clip."""
         with torch.no_grad():
             video, audio = self.embed(batch)
-        prefix = self.prefix_position.shape[2]
-        position = batch.position + self.prefix_position.max() + 1
-        position[:, :, :prefix] = self.prefix_position
         embedded = self.thinker.model.embed_tokens(batch.tokens)
         embedded = embedded.index_copy(1, self.video, video.to(embedded.dtype))
         embedded = embedded.index_copy(1, self.audio, audio.to(embedded.dtype))
@@ -98,7 +114,7 @@ class Tiny(nn.Module):
         out = self.thinker.model(
             inputs_embeds=embedded,
             attention_mask=batch.mask(),
-            position_ids=position,
+            position_ids=self.positions(batch),
             use_cache=False,
         ).last_hidden_state
         hook.remove()
@@ -111,10 +127,10 @@ class Tiny(nn.Module):
         total = answers
         for places in (self.video, self.audio):
             states = middle[:, places].unflatten(1, (tiny_av.SECONDS, -1))
+            guess = self._told(rms_norm(states, states.shape[-1:]), "second")
             truth = torch.arange(tiny_av.SECONDS, device=states.device)[None, :, None]
-            guess = self.second(states)
             truth = truth.expand(guess.shape[:-1])
-            total = total + 0.1 * cross_entropy(guess.flatten(0, 2), truth.flatten())
+            total = total + 0.2 * cross_entropy(guess.flatten(0, 2), truth.flatten())
         if look_ahead:
             rows = torch.arange(len(hidden), device=hidden.device)[:, None, None]
             last = batch.last[..., None] - torch.arange(3, device=hidden.device)

@@ -46,7 +46,7 @@ class Settings:
     batch: int = 8
     slots: int = 10
     rate: float = 2e-3
-    look_ahead: float = 0.3
+    look_ahead: float = 0.05
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
@@ -68,7 +68,7 @@ def write_settings(folder: Path, settings: Settings) -> None:
         intermediate_size=512,
         rope_parameters={
             "rope_type": "default",
-            "rope_theta": 10_000.0,
+            "rope_theta": 1_000_000.0,
             "mrope_section": [10, 3, 3],
         },
     )
@@ -110,8 +110,7 @@ class Optimizers:
         rest = [one for one in decoder.layers.parameters() if one.dim() != 2]
         for other in (decoder.embed_tokens, decoder.norm, model.thinker.lm_head):
             rest += other.parameters()
-        for other in (model.second, model.ahead):
-            rest += other.parameters()
+        rest += model.ahead.parameters()
         self.all = [
             torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, rate / 2, betas=(0.9, 0.95), weight_decay=0.0),

@@ -20,6 +20,7 @@ GROUP = "vllm_acckv.policies"
 
 BUILT_IN = {
     "acckv": "vllm_acckv.policies.acckv:AccKV",
+    "acckv_plus": "vllm_acckv.policies.acckv_plus:AccKVPlus",
     "cross_merge": "vllm_acckv.policies.cross_merge:CrossMerge",
     "drop_audio": "vllm_acckv.policies.drop:DropAudio",
     "drop_video": "vllm_acckv.policies.drop:DropVideo",
