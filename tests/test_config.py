@@ -17,7 +17,7 @@ NAMES = ", ".join(policy_names())
 
 WRONG = [
     ({"policy": "h2o2"}, rf"^--kv-policy is 'h2o2'; it must be one of {NAMES}\.$"),
-    ({"policy": 3}, r"^--kv-policy is 3; it must be one of acckv, cross_merge"),
+    ({"policy": 3}, r"^--kv-policy is 3; it must be one of acckv, acckv_plus"),
     ({"budget": 0}, r"^--kv-budget is 0; it must be a ratio in \(0, 1\] or a whole number above 1"),
     ({"budget": -1}, r"^--kv-budget is -1; it must be a ratio in \(0, 1\]"),
     ({"budget": 1.5}, r"^--kv-budget is 1\.5; it must be .* whole number above 1"),

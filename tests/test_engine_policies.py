@@ -27,6 +27,8 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "acckv, strict": ("acckv", {"strict_budget": "entries", "filter_merged": False, "tau": 0.3}),
     "acckv, some kept": ("acckv", {"min_keep_low": 5, "min_per_modality": False, "tau": 0.9}),
     "position_prior": ("position_prior", {"tau": 0.1}),
+    "acckv_plus": ("acckv_plus", {}),
+    "acckv_plus, by layer": ("acckv_plus", {"head_mode": "layer", "coverage": 0.4}),
     "cross_merge": ("cross_merge", {}),
     "cross_merge, evict": ("cross_merge", {"unimportant": "evict"}),
     "cross_merge, nearest": ("cross_merge", {"unimportant": "nearest"}),

@@ -32,6 +32,7 @@ from vllm_acckv.spans import VIDEO
 # Settings by policy; those below MERGING make entries that stand for several tokens.
 EXACT: dict[str, dict[str, Any]] = {
     "acckv": {"calibration": False},
+    "acckv_plus": {},
     "cross_merge": {"unimportant": "evict"},
     "drop_audio": {"budget": 0.3},
     "drop_video": {},

@@ -43,6 +43,9 @@ CASES: list[Case] = [
     ("acckv-strict-tokens", "acckv", {"strict_budget": "tokens"}),
     ("acckv-strict-entries", "acckv", {"strict_budget": "entries"}),
     ("acckv-keep-low", "acckv", {"tau": 1, "min_keep_low": 2, "filter_merged": False}),
+    ("acckv-plus", "acckv_plus", {}),
+    ("acckv-plus-layer", "acckv_plus", {"head_mode": "layer", "coverage": 0.3}),
+    ("acckv-plus-total", "acckv_plus", {"budget_scope": "total", "coverage": 1.0}),
     ("cross-merge", "cross_merge", {}),
     ("cross-merge-evict", "cross_merge", {"unimportant": "evict", "budget_scope": "total"}),
     ("cross-merge-nearest", "cross_merge", {"unimportant": "nearest", "redistribution": "off"}),
@@ -385,7 +388,8 @@ BY_POSITION = ("random", "recent", "streaming", "position_prior")
 @pytest.mark.parametrize("layout", ["contiguous", "interleaved", "video_only", "audio_only"])
 def test_lowest_positions_win_ties(case: Case, layout: str) -> None:
     """Nothing is attended to, all keys are equal: earlier tokens stay, modality by modality."""
-    heavy = {"recent_ratio": 0} if case[1] in ("h2o", "lookm") else {}
+    by_attention = {"h2o": {"recent_ratio": 0}, "lookm": {"recent_ratio": 0}}
+    heavy = {**by_attention, "acckv_plus": {"coverage": 0}}.get(case[1], {})
     policy = made(case, **keeping_all(case), **heavy)
     sample = Sample(LAYOUTS[layout](9, 7, 4), equal_keys=True)
     out = sample.compress(policy, scores=torch.zeros(2, sample.layout.length))

@@ -21,7 +21,7 @@ from vllm_acckv.tools.server import ENVIRONMENT
 NGRAM_GPU = '{"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
 CONNECTOR = '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'
 REFUSED_FLAGS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("--kv-policy", "nope"): ("--kv-policy is 'nope'", "acckv, cross_merge"),
+    ("--kv-policy", "nope"): ("--kv-policy is 'nope'", "acckv, acckv_plus"),
     ("--kv-budget", "0"): ("--kv-budget is '0'", BUDGET_RANGE),
     ("--kv-budget", "-1"): ("--kv-budget is '-1'", BUDGET_RANGE),
     ("--kv-budget", "1.5"): ("--kv-budget is '1.5'", BUDGET_RANGE),
@@ -40,7 +40,7 @@ REFUSED_FLAGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ),
     (*POLICY, "--additional-config", '{"kv_policy": "acckv"}'): ("--additional-config",),
     ("--kv-request-policies", "none"): ("--kv-request-policies", "need --kv-policy"),
-    (*POLICY, "--kv-request-policies", "h2o2"): ("'h2o2'", "none, or of acckv, cross_merge"),
+    (*POLICY, "--kv-request-policies", "h2o2"): ("'h2o2'", "none, or of acckv, acckv_plus"),
     (*POLICY, "--kv-request-max-budget", "0"): ("max-budget is '0'", BUDGET_RANGE),
     (*POLICY, "--kv-cache-dtype", "fp8"): (*POLICY, "--kv-cache-dtype fp8"),
     (*POLICY, "--speculative-config", NGRAM_GPU): (*POLICY, "--speculative-config", "ngram_gpu"),

@@ -207,7 +207,7 @@ BUDGET_RANGE = "a ratio in (0, 1] or a whole number above 1"
 @pytest.mark.parametrize(
     ("key", "value", "parts"),
     [
-        ("kv_policy", "nope", ("'nope'", "acckv, cross_merge")),
+        ("kv_policy", "nope", ("'nope'", "acckv, acckv_plus")),
         ("kv_budget", 0, ("is 0;", BUDGET_RANGE)),
         ("kv_budget", -1, ("is -1;", BUDGET_RANGE)),
         ("kv_budget", 1.5, ("is 1.5;", BUDGET_RANGE)),
