@@ -28,8 +28,11 @@ from vllm_acckv.policies.base import Layer, Policy, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
 from vllm_acckv.states import States
-from vllm_acckv.tools.demo import MODEL
 
+MODEL = Path(__file__).parents[1] / "evaluation" / "tiny" / "checkpoint"
+pytestmark = pytest.mark.skipif(
+    not MODEL.exists(), reason="the trained model is not in the repository yet"
+)
 CLIPS = 10
 FULL = Arm("full")
 

@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_acckv.hf import kv_policy
+from vllm_acckv.policies import make_policy
+from vllm_acckv.spans import Layout
+
 FOLDER = Path(__file__).parent.parent / "evaluation" / "tiny"
 
 
@@ -29,7 +33,7 @@ def train() -> Iterator[ModuleType]:
 
 def test_packed_questions_are_separate_prompts(train: ModuleType, tmp_path: Path) -> None:
     """Logits of each question in a row equal those of transformers for that prompt alone."""
-    settings = train.Settings(layers=2, heads=2, slots=3)
+    settings = train.Settings(layers=2, heads=2, kv_heads=2, slots=3)
     folder = tmp_path / "model"
     train.write_settings(folder, settings)
     maker = train.Maker(folder, settings.slots, 0)
@@ -104,7 +108,9 @@ def test_training_goes_on_where_it_stopped(
     train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And comes to the same weights."""
-    settings = train.Settings(layers=2, heads=2, steps=4, encoder_steps=2, batch=1, slots=2)
+    settings = train.Settings(
+        layers=2, heads=2, kv_heads=2, steps=4, encoder_steps=2, batch=1, slots=2
+    )
 
     def run(name: str, settings: Any) -> dict[str, float]:
         device = torch.device("cpu")
@@ -112,7 +118,7 @@ def test_training_goes_on_where_it_stopped(
             train.Run(tmp_path / name, settings, device, workers=0, save_every=2, clips=8)
         )
 
-    assert set(run("one", settings)) == set(train.tiny_av.TASKS)
+    assert set(run("one", settings)) == {*train.tiny_av.TASKS, "find"}
     step = train.train_step
 
     def stopped(model: Any, optimizers: Any, batch: Any, number: int) -> float:
@@ -133,3 +139,58 @@ def test_training_goes_on_where_it_stopped(
         assert torch.equal(tensor, two["model"][name]), name
     with pytest.raises(SystemExit, match="other settings"):
         run("two", replace(settings, rate=1.0))
+
+
+@pytest.mark.parametrize("name", ["full", "snapkv", "acckv", "acckv_plus"])
+def test_teacher_forcing_tells_what_greedy_decoding_says(
+    train: ModuleType, tmp_path: Path, name: str
+) -> None:
+    """The model's own answer under a policy counts as right, and no other."""
+    import forced
+
+    train.write_settings(tmp_path / "model", train.Settings(layers=2, heads=2, kv_heads=2))
+    maker = train.Maker(tmp_path / "model", 1, 0)
+    model = train.Tiny(tmp_path / "model", maker, 0).eval()
+    policy = make_policy(name)
+    (question, *_) = forced.record(maker, model, 1, "dev")
+    text, said = model.thinker.model, [int(question.tokens[0])]
+    with torch.inference_mode(), kv_policy(model.thinker, make_policy("recent", budget=1.0)):
+        cache = forced._compressed(model, question, policy, None)
+        for place in range(5):
+            state = text(
+                inputs_embeds=text.embed_tokens(torch.tensor([said[-1:]])),
+                position_ids=question.positions[:, :, place : place + 1],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            said.append(int(model.thinker.lm_head(state)[0, -1].argmax()))
+    mine = replace(question, tokens=torch.tensor(said))
+    found, entries = forced.right(model, [mine], policy)
+    assert found == [True]
+    length = len(question.modality)
+    if name != "acckv":  # whose filter may drop more
+        expected = length if name == "full" else policy.capacity(Layout(question.modality))
+        assert entries == expected
+    for place in range(1, 6):
+        other = torch.tensor(said)
+        other[place] ^= 1
+        assert forced.right(model, [replace(mine, tokens=other)], policy)[0] == [False]
+
+
+def test_an_oracle_sees_the_answer(train: ModuleType, tmp_path: Path) -> None:
+    """Its scores are the attention of the answer's rows in the whole sequence."""
+    import forced
+
+    train.write_settings(tmp_path / "model", train.Settings(layers=2, heads=4, kv_heads=2))
+    maker = train.Maker(tmp_path / "model", 1, 0)
+    model = train.Tiny(tmp_path / "model", maker, 0).eval()
+    for question in forced.record(maker, model, 1, "dev")[:2]:
+        scores = forced.answered_rows(question, 1)
+        prompt, answer = question.prompt[1], question.answer[1]
+        key = torch.cat([prompt.key, answer.key], 1).repeat_interleave(2, 0)
+        logits = answer.query @ key.transpose(1, 2) * key.shape[-1] ** -0.5
+        rows, columns = logits.shape[1:]
+        later = torch.ones(rows, columns).triu(columns - rows + 1).bool()
+        attention = logits.masked_fill(later, -torch.inf).softmax(-1).sum(1)
+        expected = attention.unflatten(0, (2, 2)).mean(1)[:, : prompt.key.shape[1]]
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)

@@ -30,8 +30,9 @@ SHARES = {
     "see": 2,
     "hear": 2,
     "count": 1,
+    "find": 3,
 }
-"""How often each task is asked, against the others."""
+"""How often each task is asked, against the others. ``find`` is for training only."""
 HIDDEN = 0.5
 """Share of the questions that search for a second which see a part of the clip only."""
 
@@ -45,7 +46,7 @@ class Batch:
         tokens: int64 ``[B, L]``; labels: the same where an answer is learnt, shifted by one.
         slot: int64 ``[B, L]``, -1 for the clip, the number of the question behind it.
         position: int64 ``[3, B, L]``, rotary positions.
-        task: int64 ``[B, slots]``, place in ``tiny_av.TASKS``.
+        task: int64 ``[B, slots]``, place in ``tiny_av.TASKS``, behind all for ``find``.
         last: int64 ``[B, slots]``, the token of a prompt that the first word follows.
         colour, shape, sound: int64 ``[B, seconds]``, what there is.
         second: int64 ``[P]``, of each token of the clip, -1 for text.
@@ -201,6 +202,7 @@ class Maker:
             [-1] * prefix,
             [0] * prefix,
         )
+        tasks.append("find")
         row: dict[str, Any] = {"task": [], "last": [], "visible": []}
         for number, question in enumerate(questions):
             asked = self.tokenizer.encode(question.text + self._behind)
@@ -219,9 +221,23 @@ def _question(clip: tiny_av.Clip, rng: np.random.Generator) -> tiny_av.Question:
     """One of a task by its share; a clip that allows none gets one of another task."""
     names, shares = list(SHARES), np.array([*SHARES.values()])
     while True:
-        question = tiny_av.TASKS[str(rng.choice(names, p=shares / shares.sum()))](clip, rng)
+        task = str(rng.choice(names, p=shares / shares.sum()))
+        question = find(clip, rng) if task == "find" else tiny_av.TASKS[task](clip, rng)
         if question is not None:
             return question
+
+
+def find(clip: tiny_av.Clip, rng: np.random.Generator) -> tiny_av.Question:
+    """Searches for as many seconds as there are: what "see" and "hear" do once in an answer is
+    learnt from this, or not at all."""
+    looks = [f"{one.colour} {one.shape}" for one in clip]
+    sounds = [one.sound for one in clip]
+    several = sounds if rng.random() < 0.5 else looks
+    alone = [number for number, one in enumerate(several) if several.count(one) == 1]
+    order = rng.permutation(alone)
+    text = f"find {' '.join(several[number] for number in order)}"
+    answer = f"it is {' '.join(f'{several[number]} {number + 1}' for number in order)}"
+    return tiny_av.Question("find", text, answer, tiny_av.VIDEO | tiny_av.AUDIO)
 
 
 def _visible(question: tiny_av.Question, rng: np.random.Generator, hide: bool) -> np.ndarray:

@@ -57,7 +57,7 @@ class Question:
     Attributes:
         prompt, answer: by layer, the rows of the prompt's tokens and of the answer's.
         tokens: int64 ``[n]`` of the answer with its end.
-        positions: int64 ``[3, 1, n]`` of the answer.
+        positions: int64 ``[3, 1, n]`` of the answer, or of more.
         modality: int8 ``[l]`` of the prompt.
     """
 
@@ -172,7 +172,7 @@ def right(
             entries += [layer.keys.shape[2] for layer in cache.layers]
             out = text(
                 inputs_embeds=text.embed_tokens(question.tokens[None, :-1]),
-                position_ids=question.positions[:, :, :-1],
+                position_ids=question.positions[:, :, : len(question.tokens) - 1],
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state

@@ -41,6 +41,7 @@ class Settings:
     seed: int = 0
     layers: int = 4
     heads: int = 4
+    kv_heads: int = 4
     steps: int = 1500
     encoder_steps: int = 500
     batch: int = 8
@@ -54,7 +55,7 @@ def write_settings(folder: Path, settings: Settings) -> None:
     recipe = tiny_model.Recipe(
         num_layers=settings.layers,
         num_heads=settings.heads,
-        num_kv_heads=2,
+        num_kv_heads=settings.kv_heads,
         head_dim=32,
         max_positions=8192,
         min_pixels=tiny_av.SIZE**2,
@@ -84,8 +85,8 @@ def exact(model: Tiny, batch: Batch) -> dict[str, list[bool]]:
     with torch.inference_mode(), half(batch):
         guess = model(batch)[0].argmax(-1)
     wrong = (guess != batch.labels) & (batch.labels != IGNORED)
-    found: dict[str, list[bool]] = {name: [] for name in tiny_av.TASKS}
-    names = list(tiny_av.TASKS)
+    names = [*tiny_av.TASKS, "find"]
+    found: dict[str, list[bool]] = {name: [] for name in names}
     for row, tasks in enumerate(batch.task.tolist()):
         for number, task in enumerate(tasks):
             found[names[task]].append(not bool(wrong[row][batch.slot[row] == number].any()))
