@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -143,8 +142,11 @@ def test_what_is_needed_is_enough(said: Said) -> None:
     found = []
     for sample in said.samples:
         if need(sample.task) == "both":
-            (number,) = re.findall(r"\d", f"{sample.question} {sample.answers[0]}")
-            arm = planned(Needed(second=int(number) - 1))
+            said_words = f"{sample.question} {sample.answers[0]}".split()
+            (number,) = [
+                tiny_av.NUMBERS.index(word) for word in said_words if word in tiny_av.NUMBERS
+            ]
+            arm = planned(Needed(second=number - 1))
             (answer,) = said.runner.answer(arm, [sample])
             found.append(exact(answer.text, sample.answers))
     assert np.mean(found) >= said.right(FULL, "both") - 0.1

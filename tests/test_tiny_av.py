@@ -24,34 +24,36 @@ def asked(task: str, clip: tiny_av.Clip) -> list[tiny_av.Question]:
         return []
 
 
+NUMBER = "|".join(tiny_av.NUMBERS[1:])
+
+
 @pytest.mark.parametrize("clip", CLIPS[:5])
 def test_answers_are_right(clip: tiny_av.Clip) -> None:
     """Read back from the words alone."""
     for task, word in (("colours", "colour"), ("shapes", "shape"), ("sounds", "sound")):
         (question, *_) = asked(task, clip)
-        listed = re.findall(r"(\d) (\w+)", question.answer)
+        listed = re.findall(rf"({NUMBER}) (\w+)", question.answer)
         assert [name for _, name in listed] == [getattr(one, word) for one in clip]
-        assert [int(number) for number, _ in listed] == [*range(1, len(clip) + 1)]
+        assert [number for number, _ in listed] == list(tiny_av.NUMBERS[1 : len(clip) + 1])
     for question in asked("second", clip):
-        (number,) = map(int, re.findall(r"\d", question.text))
-        one = clip[number - 1]
+        one = clip[tiny_av.NUMBERS.index(question.text.split()[-1]) - 1]
         assert question.answer.split()[3:] == [one.colour, one.shape, "and", "a", one.sound]
     for question in asked("see", clip):
         sound = question.text.split()[-1]
         (one,) = [one for one in clip if one.sound == sound]
-        number = clip.index(one) + 1
+        number = tiny_av.NUMBERS[clip.index(one) + 1]
         assert question.answer == f"the {sound} {number} is a {one.colour} {one.shape}"
     for question in asked("hear", clip):
         *_, colour, shape = question.text.split()
         (one,) = [one for one in clip if (one.colour, one.shape) == (colour, shape)]
-        number = clip.index(one) + 1
+        number = tiny_av.NUMBERS[clip.index(one) + 1]
         assert question.answer == f"the {colour} {shape} {number} is a {one.sound}"
     for question in asked("count", clip):
         colour = question.text.split()[3]
-        listed = re.findall(r"(\d) (red|green|blue|yellow|white|pink|no)", question.answer)
+        listed = re.findall(rf"({NUMBER}) (red|green|blue|yellow|white|pink|no)", question.answer)
         seen = [colour if one.colour == colour else "no" for one in clip]
-        assert listed == [(str(number), word) for number, word in enumerate(seen, 1)]
-        assert question.answer.endswith(f" so {seen.count(colour)} times")
+        assert listed == [(tiny_av.NUMBERS[place], word) for place, word in enumerate(seen, 1)]
+        assert question.answer.endswith(f" so {tiny_av.NUMBERS[seen.count(colour)]} times")
 
 
 def test_the_first_word_says_nothing() -> None:

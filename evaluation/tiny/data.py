@@ -7,7 +7,6 @@ equals as many separate prompts and costs a fraction.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ SHARES = {
     "see": 2,
     "hear": 2,
     "count": 1,
-    "find": 3,
+    "find": 2,
 }
 """How often each task is asked, against the others. ``find`` is for training only."""
 HIDDEN = 0.5
@@ -236,7 +235,9 @@ def find(clip: tiny_av.Clip, rng: np.random.Generator) -> tiny_av.Question:
     alone = [number for number, one in enumerate(several) if several.count(one) == 1]
     order = rng.permutation(alone)
     text = f"find {' '.join(several[number] for number in order)}"
-    answer = f"it is {' '.join(f'{several[number]} {number + 1}' for number in order)}"
+    answer = (
+        f"it is {' '.join(f'{several[number]} {tiny_av.NUMBERS[number + 1]}' for number in order)}"
+    )
     return tiny_av.Question("find", text, answer, tiny_av.VIDEO | tiny_av.AUDIO)
 
 
@@ -248,9 +249,13 @@ def _visible(question: tiny_av.Question, rng: np.random.Generator, hide: bool) -
     """
     seen = np.ones(tiny_av.SECONDS, bool)
     if hide and question.task in ("see", "hear") and rng.random() < HIDDEN:
-        (asked,) = re.findall(r"\d", question.answer)
+        (asked,) = [
+            tiny_av.NUMBERS.index(word)
+            for word in question.answer.split()
+            if word in tiny_av.NUMBERS
+        ]
         seen[rng.permutation(tiny_av.SECONDS)[: rng.integers(tiny_av.SECONDS)]] = False
-        seen[int(asked) - 1] = True
+        seen[asked - 1] = True
     return seen
 
 

@@ -39,12 +39,10 @@ class Tiny(nn.Module):
             "colour": list(tiny_av.COLOURS),
             "shape": list(tiny_av.SHAPES),
             "sound": list(tiny_av.SOUNDS),
-            "second": [str(number) for number in range(1, tiny_av.SECONDS + 1)],
+            "second": list(tiny_av.NUMBERS[1 : tiny_av.SECONDS + 1]),
         }
         for name, several in words.items():
-            # Words bring their space along, digits do not.
-            written = (word if word.isdigit() else f" {word}" for word in several)
-            tokens = [maker.tokenizer.encode(one) for one in written]
+            tokens = [maker.tokenizer.encode(f" {word}") for word in several]
             assert all(len(one) == 1 for one in tokens), f"a {name} is more than one token"
             self.register_buffer(f"words_{name}", torch.tensor(tokens)[:, 0])
         self.ahead = nn.Linear(width, text.vocab_size)

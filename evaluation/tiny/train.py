@@ -41,8 +41,8 @@ class Settings:
     seed: int = 0
     layers: int = 4
     heads: int = 4
-    kv_heads: int = 4
-    steps: int = 1500
+    kv_heads: int = 2
+    steps: int = 1200
     encoder_steps: int = 500
     batch: int = 8
     slots: int = 10

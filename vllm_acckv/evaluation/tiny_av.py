@@ -34,6 +34,12 @@ COLOURS = {
     "pink": (240, 90, 200),
 }
 SHAPES = ("circle", "frame", "cross", "bar")
+NUMBERS = (
+    *("no", "one", "two", "three", "four", "five", "six"),
+    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
+"""Words, because tokenizers part a digit from the space in front of it: what is looked up for a
+number would have to be looked up for the space."""
 SOUNDS = ("horn", "bell", "drum", "bird", "siren", "rain", "buzz", "beep", "hum", "flute")
 
 
@@ -178,7 +184,7 @@ VIDEO, AUDIO = frozenset({"video"}), frozenset({"audio"})
 
 
 def _listed(words: Sequence[str]) -> str:
-    return "it is " + " ".join(f"{number} {word}" for number, word in enumerate(words, 1))
+    return "it is " + " ".join(f"{NUMBERS[place]} {word}" for place, word in enumerate(words, 1))
 
 
 def _colours(clip: Clip, rng: np.random.Generator) -> Question:
@@ -198,13 +204,15 @@ def _second(clip: Clip, rng: np.random.Generator) -> Question:
     number = int(rng.integers(len(clip)))
     one = clip[number]
     answer = f"it is a {one.colour} {one.shape} and a {one.sound}"
-    return Question("second", f"what happens at second {number + 1}", answer, VIDEO | AUDIO)
+    return Question(
+        "second", f"what happens at second {NUMBERS[number + 1]}", answer, VIDEO | AUDIO
+    )
 
 
 def _see(clip: Clip, rng: np.random.Generator) -> Question:
     number = int(rng.integers(len(clip)))
     one = clip[number]
-    answer = f"the {one.sound} {number + 1} is a {one.colour} {one.shape}"
+    answer = f"the {one.sound} {NUMBERS[number + 1]} is a {one.colour} {one.shape}"
     return Question("see", f"what do you see with the {one.sound}", answer, VIDEO | AUDIO)
 
 
@@ -215,7 +223,7 @@ def _hear(clip: Clip, rng: np.random.Generator) -> Question | None:
         return None
     number = int(rng.choice(alone))
     one = clip[number]
-    answer = f"the {one.colour} {one.shape} {number + 1} is a {one.sound}"
+    answer = f"the {one.colour} {one.shape} {NUMBERS[number + 1]} is a {one.sound}"
     text = f"what do you hear with the {one.colour} {one.shape}"
     return Question("hear", text, answer, VIDEO | AUDIO)
 
@@ -223,7 +231,7 @@ def _hear(clip: Clip, rng: np.random.Generator) -> Question | None:
 def _count(clip: Clip, rng: np.random.Generator) -> Question:
     colour = str(rng.choice(sorted({one.colour for one in clip})))
     seen = [colour if one.colour == colour else "no" for one in clip]
-    answer = f"{_listed(seen)} so {seen.count(colour)} times"
+    answer = f"{_listed(seen)} so {NUMBERS[seen.count(colour)]} times"
     return Question("count", f"how often is {colour} seen", answer, VIDEO)
 
 
