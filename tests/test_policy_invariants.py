@@ -45,7 +45,7 @@ CASES: list[Case] = [
     ("acckv-keep-low", "acckv", {"tau": 1, "min_keep_low": 2, "filter_merged": False}),
     ("acckv-plus", "acckv_plus", {}),
     ("acckv-plus-layer", "acckv_plus", {"head_mode": "layer", "coverage": 0.3}),
-    ("acckv-plus-total", "acckv_plus", {"budget_scope": "total", "coverage": 1.0}),
+    ("acckv-plus-total", "acckv_plus", {"budget_scope": "total", "coverage": 0.75}),
     ("cross-merge", "cross_merge", {}),
     ("cross-merge-evict", "cross_merge", {"unimportant": "evict", "budget_scope": "total"}),
     ("cross-merge-nearest", "cross_merge", {"unimportant": "nearest", "redistribution": "off"}),

@@ -67,7 +67,7 @@ ROWS = [
     Row("AccKV+, by layer", "acckv_plus", {"head_mode": "layer"}),
     Row("AccKV+, coverage 0.25", "acckv_plus", {"coverage": 0.25}),
     Row("AccKV+, coverage 0.5", "acckv_plus", {"coverage": 0.5}),
-    Row("AccKV+, coverage 1", "acckv_plus", {"coverage": 1.0}),
+    Row("AccKV+, coverage 0.75", "acckv_plus", {"coverage": 0.75}),
     Row("oracle, by layer", "acckv_plus", {"coverage": 0.0, "head_mode": "layer"}, answered_rows),
     Row("oracle", "acckv_plus", {"coverage": 0.0}, answered_rows),
     Row("oracle with coverage", "acckv_plus", {}, answered_rows),

@@ -31,7 +31,7 @@ class AccKVPlus(Policy):
     name: ClassVar[str] = "acckv_plus"
     layers_alike: ClassVar[bool] = True
 
-    coverage: Ratio = 0.75
+    coverage: Ratio = 1.0
     head_mode: Literal["layer", "head"] = "head"
 
     def kept(self, layout: Layout) -> int:
