@@ -133,8 +133,8 @@ def test_the_model_answers(said: Said) -> None:
 
 
 def test_what_is_needed_is_enough(said: Said) -> None:
-    """An oracle scores like the full cache. (Not in "count": the model counts by how much attention
-    goes to a colour, which is less without the rest.)"""
+    """An oracle scores like the full cache. (Not in "count": the model seems to count by how
+    much attention goes to a colour, which changes without the rest.)"""
     for dropped, tasks in (("drop_video", ("sounds",)), ("drop_audio", ("colours", "shapes"))):
         for task in tasks:
             assert said.right(Arm(dropped), task) >= said.right(FULL, task) - 0.1
