@@ -225,13 +225,14 @@ class Policy(pydantic.BaseModel):
         raise NotImplementedError
 
     def fold(
-        self, kept: Kept, key: torch.Tensor, value: torch.Tensor
+        self, kept: Kept, key: torch.Tensor, value: torch.Tensor, prompt: Prompt, layer: Layer
     ) -> tuple[Kept, torch.Tensor, torch.Tensor]:
         """Let kept entries absorb dropped ones.
 
         Args:
             kept: what stays, after rounding.
             key, value: ``[G, l, D]``.
+            prompt, layer: as for :meth:`select`.
 
         Returns:
             ``kept`` with the tokens that were folded, and new keys and values ``[G, l, D]``.
@@ -251,7 +252,7 @@ class Policy(pydantic.BaseModel):
         """Decide and gather; ``key``, ``value`` ``[G, l, D]``, the rest as for :meth:`decide`."""
         states = DenseStates(key, value)
         selection, kept = self.decide(scores, states, prompt, layer, block_size, wait)
-        kept, key, value = self.fold(kept, key, value)
+        kept, key, value = self.fold(kept, key, value, prompt, layer)
         return Compacted(*gather_kept(kept, key, value), kept, selection)
 
     def decide(

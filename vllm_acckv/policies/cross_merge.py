@@ -9,13 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn.functional import normalize
 
-from vllm_acckv.movement import gather_kept
 from vllm_acckv.policies.acckv import AccKV
-from vllm_acckv.policies.base import Compacted, Layer, Policy, Prompt
+from vllm_acckv.policies.base import Layer, Policy, Prompt
 from vllm_acckv.scores import Weights
 from vllm_acckv.selection import Kept, Merged, Selection, ranked, select_best
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
-from vllm_acckv.states import DenseStates, States
+from vllm_acckv.states import States
 
 # Largest number of similarities held at once (fp32, so 64 MiB).
 _MAX_SIMILARITIES = 1 << 24
@@ -94,22 +93,12 @@ class CrossMerge(Policy):
         merged = Merged(key.to(dtype), value.to(dtype), sources.any(-1), sources, both)
         return replace(chosen, size=size + 1, merged=merged)
 
-    def compact(
-        self,
-        scores: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        prompt: Prompt,
-        layer: Layer,
-        block_size: int,
-        wait: bool = True,
-    ) -> Compacted:
-        # ``fold`` does not know the modalities.
-        states = DenseStates(key, value)
-        selection, kept = self.decide(scores, states, prompt, layer, block_size, wait)
+    def fold(
+        self, kept: Kept, key: torch.Tensor, value: torch.Tensor, prompt: Prompt, layer: Layer
+    ) -> tuple[Kept, torch.Tensor, torch.Tensor]:
         if self.unimportant == "nearest" and kept.freed_blocks and len(prompt.layout.present) == 2:
-            kept, key, value = _fold_audio(kept, key, value, prompt, layer)
-        return Compacted(*gather_kept(kept, key, value), kept, selection)
+            return _fold_audio(kept, key, value, prompt, layer)
+        return kept, key, value
 
 
 def _fold_audio(

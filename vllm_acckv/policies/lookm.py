@@ -61,7 +61,7 @@ class LookM(Policy):
         return select_best(scores, self.entries(prompt.layout, layer), text | recent)
 
     def fold(
-        self, kept: Kept, key: torch.Tensor, value: torch.Tensor
+        self, kept: Kept, key: torch.Tensor, value: torch.Tensor, prompt: Prompt, layer: Layer
     ) -> tuple[Kept, torch.Tensor, torch.Tensor]:
         if self.merge == "none" or kept.length in (0, key.shape[1]):
             return kept, key, value
