@@ -76,7 +76,8 @@ def observed_error(shape: Shape, length: int, cache: PagedCache) -> float:
 
 
 def states_error(layers: PagedLayers, length: int) -> float:
-    """Largest error of means, mean directions and similarities, against float64."""
+    """Largest error of means, mean directions, similarities and, relatively, distances, against
+    float64."""
     states, device = PagedStates(layers, length), layers.table.device
     dense = states.dense()
     tokens = torch.rand(len(layers), 1, length, device=device) < 0.2
@@ -97,7 +98,9 @@ def states_error(layers: PagedLayers, length: int) -> float:
         )
         exact = (share @ keys, share @ values, direction, similarity)
         errors += [float((x - y).abs().max()) for x, y in zip(ours, exact, strict=True)]
-    return max(errors)
+    square = (dense.key.double() - direction[..., None, :]).square().sum(-1) * tokens
+    away = states.distances(direction.float(), tokens).double() - square
+    return max(*errors, float(away.abs().max() / square.max()))
 
 
 def moved_wrong(layers: PagedLayers, length: int) -> float:

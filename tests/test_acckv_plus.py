@@ -21,33 +21,46 @@ from vllm_acckv.states import DenseStates
 HEADS = 3
 
 
-def selected(policy: AccKVPlus, modality: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def selected(
+    policy: AccKVPlus, modality: np.ndarray, scores: np.ndarray, keys: np.ndarray | None = None
+) -> np.ndarray:
     """bool ``[S, l]``."""
     prompt = Prompt.of(Layout(modality), torch.device("cpu"))
-    states = DenseStates(*torch.zeros(2, HEADS, len(modality), 4))
+    if keys is None:
+        keys = np.zeros((HEADS, len(modality), 4), np.float32)
+    states = DenseStates(torch.from_numpy(keys), torch.zeros(keys.shape))
     chosen = policy.select(torch.from_numpy(scores), states, prompt, Layer())
     assert chosen.size == policy.entries(prompt.layout, Layer())
     keep: np.ndarray = chosen.keep.numpy()
     return keep
 
 
-def naive(modality: np.ndarray, scores: np.ndarray, count: int, coverage: float) -> list[int]:
-    """Tokens that stay for one head, ascending. ``scores`` ``[l]``; ``count`` of audio-video."""
+def naive(
+    modality: np.ndarray, attention: np.ndarray, worth: np.ndarray, count: int, policy: AccKVPlus
+) -> list[int]:
+    """Tokens that stay for one head, ascending.
+
+    Args:
+        attention, worth: ``[l]``; what divides the parts, and what is best.
+        count: of the audio-video tokens that stay.
+    """
     places = {code: [i for i, one in enumerate(modality) if one == code] for code in (VIDEO, AUDIO)}
-    present = [code for code in (VIDEO, AUDIO) if places[code]]
-    total, chosen = round(coverage * count), []
-    for number, code in enumerate(present):
-        share = total // len(present)
-        if total % len(present) > len(present) - 1 - number:
-            share += 1
+    total, share = round(policy.coverage * count), np.float32(0.5)
+    if policy.focusing and places[VIDEO] and places[AUDIO]:
+        video, audio = (np.float32(np.sqrt(attention[one].mean())) for one in places.values())
+        if video + audio > 0:
+            share = video / (video + audio)
+    wanted = round(float(share * np.float32(total)))
+    of_video = min(max(wanted, total - len(places[AUDIO])), len(places[VIDEO]))
+    chosen = []
+    for code, parts in ((VIDEO, of_video), (AUDIO, total - of_video)):
         mine = places[code]
-        parts = min(share, len(mine))
         numbered = [(place * parts // len(mine), i) for place, i in enumerate(mine)]
         for _, several in groupby(numbered, key=lambda pair: pair[0]):
             if parts:
-                chosen.append(max((i for _, i in several), key=lambda i: (scores[i], -i)))
-    rest = [i for code in present for i in places[code] if i not in chosen]
-    rest.sort(key=lambda i: (-scores[i], i))
+                chosen.append(max((i for _, i in several), key=lambda i: (worth[i], -i)))
+    rest = [i for mine in places.values() for i in mine if i not in chosen]
+    rest.sort(key=lambda i: (-worth[i], i))
     text = [i for i, one in enumerate(modality) if one == TEXT]
     return sorted([*text, *chosen, *rest[: count - len(chosen)]])
 
@@ -69,38 +82,88 @@ def prompts(draw: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.array(modality, np.int8), scores.astype(np.float32)
 
 
-@given(prompts(), st.sampled_from([0.05, 0.2, 0.5, 1.0, 7]), st.sampled_from([0.0, 0.3, 0.75, 1.0]))
+@given(
+    prompts(),
+    st.sampled_from([0.05, 0.2, 0.5, 1.0, 7]),
+    st.sampled_from([0.0, 0.3, 0.75, 1.0]),
+    st.booleans(),
+)
 @settings(max_examples=300, deadline=None)
 def test_is_the_naive_choice(
-    prompt: tuple[np.ndarray, np.ndarray], budget: float, coverage: float
+    prompt: tuple[np.ndarray, np.ndarray], budget: float, coverage: float, focusing: bool
 ) -> None:
     modality, scores = prompt
-    policy = AccKVPlus(budget=budget, coverage=coverage)
+    options = {"budget": budget, "coverage": coverage, "focusing": focusing, "distinct": False}
+    policy = make_policy("acckv_plus", **options)
+    assert isinstance(policy, AccKVPlus)
     keep = selected(policy, modality, scores)
     count = policy.kept(Layout(modality))
     for head in range(HEADS):
-        expected = naive(modality, scores[head], count, coverage)
+        expected = naive(modality, scores[head], scores[head], count, policy)
         assert np.flatnonzero(keep[head]).tolist() == expected
-    together = selected(AccKVPlus(budget=budget, coverage=coverage, head_mode="layer"), *prompt)
+    together = selected(policy.model_copy(update={"head_mode": "layer"}), *prompt)
     mean = torch.from_numpy(scores).mean(0).numpy()
-    expected = naive(modality, mean, count, coverage)
+    expected = naive(modality, mean, mean, count, policy)
     assert np.flatnonzero(together[0]).tolist() == expected
 
 
+@given(prompts(), st.sampled_from([0.2, 0.5]), st.sampled_from([0.0, 1.0]))
+@settings(max_examples=100, deadline=None)
+def test_keys_far_from_the_mean_of_their_modality_are_worth_more(
+    prompt: tuple[np.ndarray, np.ndarray], budget: float, coverage: float
+) -> None:
+    modality, _ = prompt
+    rng = np.random.default_rng(len(modality))
+    scores = rng.random((HEADS, len(modality)), dtype=np.float32)  # no two are equal
+    offset = np.where(modality == VIDEO, 50, -7)[None, :, None]  # a bias that says nothing
+    keys = (rng.normal(size=(HEADS, len(modality), 4)) + offset).astype(np.float32)
+    policy = AccKVPlus(budget=budget, coverage=coverage)
+    keep = selected(policy, modality, scores, keys)
+    worth = scores.astype(np.float64)
+    for head in range(HEADS):
+        for code in (VIDEO, AUDIO):
+            mine = modality == code
+            if mine.any():
+                away = keys[head, mine] - keys[head, mine].mean(0, dtype=np.float64)
+                square = (away**2).sum(-1)
+                worth[head, mine] *= square / max(square.mean(), 1e-20)
+        count = policy.kept(Layout(modality))
+        expected = naive(modality, scores[head], worth[head], count, policy)
+        assert np.flatnonzero(keep[head]).tolist() == expected
+
+
 @pytest.mark.parametrize("coverage", [0.5, 1.0])
-def test_keeps_something_of_every_part(coverage: float) -> None:
+@pytest.mark.parametrize("focusing", [True, False])
+def test_keeps_something_of_every_part(coverage: float, focusing: bool) -> None:
     """Even if the text looks at the first second alone."""
     modality = np.array([TEXT] * 3 + [VIDEO] * 80 + [AUDIO] * 200 + [TEXT] * 5, np.int8)
     scores = np.linspace(1, 0, len(modality), dtype=np.float32) ** 20 * np.ones((HEADS, 1), "f4")
-    policy = AccKVPlus(budget=0.2, coverage=coverage)
-    keep = selected(policy, modality, scores)
-    for code, parts in policy.parts(Layout(modality)).items():
-        assert parts == round(coverage * 56) // 2
+    keep = selected(AccKVPlus(budget=0.2, coverage=coverage, focusing=focusing), modality, scores)
+    parts = {VIDEO: 28, AUDIO: 28}
+    if focusing:
+        video, audio = (scores[0, modality == code].mean() ** 0.5 for code in (VIDEO, AUDIO))
+        parts[VIDEO] = round(float(56 * coverage * video / (video + audio)))
+        assert parts[VIDEO] > 28 * coverage
+        parts[AUDIO] = round(56 * coverage) - parts[VIDEO]
+    for code, count in parts.items():
         places = np.flatnonzero(modality == code)
-        for part in np.array_split(places, parts // 2):  # longer ones hold a whole part each
+        for part in np.array_split(places, max(1, count // 4)):  # they hold a whole part each
             assert keep[:, part].any(1).all()
     off = selected(AccKVPlus(budget=0.2, coverage=0), modality, scores)
     assert not off[:, modality == AUDIO].any()
+
+
+def test_a_broken_key_does_not_decide() -> None:
+    modality = np.array([TEXT] + [VIDEO] * 20 + [TEXT] * 4, np.int8)
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(HEADS, len(modality), 4)).astype(np.float32)
+    scores = np.ones((HEADS, len(modality)), np.float32)
+    policy = AccKVPlus(budget=0.5, coverage=0)
+    sound = selected(policy, modality, scores, keys)
+    keys[0, 5, 1] = np.nan
+    keep = selected(policy, modality, scores, keys)
+    assert not keep[0, 5] and keep.sum(-1).tolist() == [15] * HEADS
+    assert np.flatnonzero(keep[0] & ~sound[0]).size <= 2 and (keep[1:] == sound[1:]).all()
 
 
 def test_layers_at_once_are_layers_one_by_one() -> None:
@@ -108,7 +171,7 @@ def test_layers_at_once_are_layers_one_by_one() -> None:
     prompt = Prompt.of(Layout(modality), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(4, HEADS, len(modality), generator=generator)
-    states = DenseStates(*torch.zeros(2, 4, HEADS, len(modality), 4))
+    states = DenseStates(*torch.rand(2, 4, HEADS, len(modality), 4, generator=generator))
     for mode in ("head", "layer"):
         policy = make_policy("acckv_plus", head_mode=mode)
         together = policy.select(scores, states, prompt, Layer())

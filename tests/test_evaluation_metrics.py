@@ -177,6 +177,20 @@ def test_width_of_an_interval() -> None:
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
 
 
+def test_questions_about_the_same_clip_are_not_independent() -> None:
+    """Ten questions with one answer are as one question."""
+    clips = np.random.default_rng(0).normal(3, 2, 100)
+    values, about = np.repeat(clips, 10), [f"clip {number // 10}" for number in range(1000)]
+    alone, found = metrics.interval(clips), metrics.interval(values, clusters=about)
+    assert found == pytest.approx(alone)
+    wrong = metrics.interval(values)
+    assert wrong.high - wrong.low < 0.5 * (found.high - found.low)
+    assert metrics.difference(values, values - 1, clusters=about) == pytest.approx((1, 1, 1))
+    # Clusters may be of any size, and each value weighs the same.
+    sizes = metrics.interval([0.0, 1, 1, 1], clusters=["one", "two", "two", "two"])
+    assert sizes == (0.75, 0, 1)
+
+
 @pytest.mark.parametrize("kind", ["normal", "right or wrong"])
 def test_an_interval_holds_the_mean_as_often_as_it_says(kind: str) -> None:
     rng = np.random.default_rng(0)
@@ -211,3 +225,5 @@ def test_values_without_an_interval() -> None:
         metrics.interval([1.0], level=95)
     with pytest.raises(ValueError, match=r"^There are 2 and 1 values; expected as many\.$"):
         metrics.difference([1.0, 0.0], [1.0])
+    with pytest.raises(ValueError, match=r"^There are 1 values and 2 clusters\.$"):
+        metrics.interval([1.0], clusters=["one", "two"])

@@ -82,7 +82,7 @@ CACHES = st.builds(
     rarity=st.integers(1, 9),
 )
 def test_states(cache: Cache, shared: bool, groups: int, half: int, rarity: int) -> None:
-    """Means, directions and similarities equal the reference's, and means those of float64."""
+    """What policies ask of keys equals the reference's, and means those of float64."""
     torch.manual_seed(cache.seed)
     paged = PagedStates(cache.made(), cache.length)
     dense = paged.dense()
@@ -108,6 +108,9 @@ def test_states(cache: Cache, shared: bool, groups: int, half: int, rarity: int)
         dense.similarities(direction, tokens, angles),
         rtol=1e-5,
         atol=1e-5,
+    )
+    torch.testing.assert_close(
+        paged.distances(direction, tokens), dense.distances(direction, tokens)
     )
 
 

@@ -142,7 +142,7 @@ def test_training_goes_on_where_it_stopped(
         run("two", replace(settings, rate=1.0))
 
 
-@pytest.mark.parametrize("name", ["full", "snapkv", "acckv", "acckv_plus"])
+@pytest.mark.parametrize("name", ["full", "snapkv", "acckv", "acckv_plus", "acckv corrected"])
 def test_teacher_forcing_tells_what_greedy_decoding_says(
     train: ModuleType, tmp_path: Path, name: str
 ) -> None:
@@ -152,15 +152,17 @@ def test_teacher_forcing_tells_what_greedy_decoding_says(
     train.write_settings(tmp_path / "model", train.Settings(layers=2, heads=2, kv_heads=2))
     maker = train.Maker(tmp_path / "model", 1, 0)
     model = train.Tiny(tmp_path / "model", maker, 0).eval()
-    policy = make_policy(name)
+    name, _, preset = name.partition(" ")
+    policy = make_policy(name, preset=preset) if preset else make_policy(name)
     (question, *_) = forced.record(maker, model, 1, "dev")
+    length = len(question.modality)
     text, said = model.thinker.model, [int(question.tokens[0])]
     with torch.inference_mode(), kv_policy(model.thinker, make_policy("recent", budget=1.0)):
         cache = forced._compressed(model, question, policy, None)
         for place in range(5):
             state = text(
                 inputs_embeds=text.embed_tokens(torch.tensor([said[-1:]])),
-                position_ids=question.positions[:, :, place : place + 1],
+                position_ids=question.positions[:, :, length + place : length + place + 1],
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
@@ -168,7 +170,6 @@ def test_teacher_forcing_tells_what_greedy_decoding_says(
     mine = replace(question, tokens=torch.tensor(said))
     found, entries = forced.right(model, [mine], policy)
     assert found == [True]
-    length = len(question.modality)
     if name != "acckv":  # whose filter may drop more
         expected = length if name == "full" else policy.capacity(Layout(question.modality))
         assert entries == expected

@@ -107,6 +107,7 @@ def launches(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int) -> l
             states.means(tokens[:, :, None].expand(-1, -1, 2, -1), angles)
             states.directions(tokens, angles)
             states.similarities(direction, tokens, angles)
+        states.distances(direction, tokens)
         merged = torch.zeros(3, kv_heads, 2, 2 * head_size).to(dtype)
         move(layers, torch.zeros(3, 1, 50, dtype=torch.int32), LENGTH, merged)
         tables = LayerTables(3, 8, 9, BLOCK, torch.device("cpu"))

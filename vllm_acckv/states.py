@@ -53,6 +53,9 @@ class States(Protocol):
             fp32 ``[..., G, l]``, 0 for other tokens.
         """
 
+    def distances(self, centre: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Squared distance of keys from a point; shapes as for :meth:`similarities`."""
+
 
 @dataclass(frozen=True)
 class DenseStates:
@@ -84,6 +87,10 @@ class DenseStates:
     ) -> torch.Tensor:
         product = (self._units(angles) @ direction[..., None])[..., 0]
         return torch.where(tokens, product, 0)
+
+    def distances(self, centre: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        square = (self._keys(None) - centre[..., None, :]).square().sum(-1)
+        return torch.where(tokens, square, 0)
 
     def _keys(self, angles: torch.Tensor | None) -> torch.Tensor:
         key = self.key.float()

@@ -23,7 +23,9 @@ from transformers import AttentionInterface, DynamicCache
 from vllm_acckv.evaluation import tiny_av
 from vllm_acckv.hf import kv_policy
 from vllm_acckv.hf.cache import CompressedLayer
+from vllm_acckv.hf.decoder import names_of
 from vllm_acckv.hf.prefill import Call, Prefill
+from vllm_acckv.hf.prompt import rotary_angles
 from vllm_acckv.hf.runner import _SEEN
 from vllm_acckv.plan import make_plan
 from vllm_acckv.policies.base import Policy
@@ -57,8 +59,9 @@ class Question:
     Attributes:
         prompt, answer: by layer, the rows of the prompt's tokens and of the answer's.
         tokens: int64 ``[n]`` of the answer with its end.
-        positions: int64 ``[3, 1, n]`` of the answer, or of more.
+        positions: int64 ``[3, 1, l + n]`` of prompt and answer.
         modality: int8 ``[l]`` of the prompt.
+        clip: number of the clip.
     """
 
     task: str
@@ -67,6 +70,7 @@ class Question:
     tokens: torch.Tensor
     positions: torch.Tensor
     modality: Modalities
+    clip: int = 0
 
 
 def load(folder: Path) -> tuple[Maker, Tiny]:
@@ -99,7 +103,9 @@ AttentionInterface.register("recording", _recording)
 def record(maker: Maker, model: Tiny, clips: int, split: str, seed: int = 0) -> list[Question]:
     """A question of each task about each clip."""
     rng = np.random.default_rng([SPLITS[split], seed])
-    return [one for _ in range(clips) for one in _about_one(maker, model, rng)]
+    return [
+        replace(one, clip=clip) for clip in range(clips) for one in _about_one(maker, model, rng)
+    ]
 
 
 @torch.inference_mode()
@@ -133,7 +139,7 @@ def _about_one(maker: Maker, model: Tiny, rng: np.random.Generator) -> Iterator[
             tuple(rows.at(prompt) for rows in layers),
             tuple(rows.at(answer) for rows in layers),
             batch.tokens[0, answer],
-            position[:, :, answer],
+            position[:, :, torch.cat([prompt, answer])],
             modality.numpy(),
         )
 
@@ -159,6 +165,28 @@ def answered_rows(question: Question, layer: int) -> torch.Tensor:
     return observed_attention(rows.query.transpose(0, 1), key, length, scale)[:, :length]
 
 
+def clip_rows(question: Question, layer: int, rows: int | None = None) -> torch.Tensor:
+    """Scores of what H2O sees more of: the mean attention that the clip's own tokens pay.
+
+    Args:
+        rows: so many of them, equally far apart (default: all).
+    """
+    prompt, modality = question.prompt[layer], torch.from_numpy(question.modality)
+    (seen,) = (modality != TEXT).nonzero(as_tuple=True)
+    if rows is not None:
+        seen = seen[torch.linspace(0, len(seen) - 1, rows).round().long()]
+    query = prompt.query[:, seen].unflatten(0, (len(prompt.key), -1))
+    logits = query @ prompt.key.transpose(1, 2)[:, None] * query.shape[-1] ** -0.5
+    later = torch.arange(len(modality)) > seen[:, None]
+    attention = logits.masked_fill(later, -torch.inf).softmax(-1).mean(1).sum(1)
+    return attention / (~later).sum(0).clamp(min=1)
+
+
+def alike(question: Question, layer: int) -> torch.Tensor:
+    """Scores that prefer no token."""
+    return torch.ones(question.prompt[layer].key.shape[:2])
+
+
 @torch.inference_mode()
 def right(
     model: Tiny, questions: Sequence[Question], policy: Policy, scores: Scores | None = None
@@ -168,11 +196,11 @@ def right(
     # Any policy makes the model read compressed caches; the prompts are compressed already.
     with kv_policy(model.thinker, Recent(budget=1.0)):
         for question in questions:
-            cache = _compressed(model, question, policy, scores)
+            cache, length = _compressed(model, question, policy, scores), len(question.modality)
             entries += [layer.keys.shape[2] for layer in cache.layers]
             out = text(
                 inputs_embeds=text.embed_tokens(question.tokens[None, :-1]),
-                position_ids=question.positions[:, :, : len(question.tokens) - 1],
+                position_ids=question.positions[:, :, length : length + len(question.tokens) - 1],
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
@@ -187,9 +215,10 @@ def _compressed(
     plan = make_plan(question.modality, policy, 1, len(question.prompt))
     if policy.name != "full":
         plan = replace(plan, skipped=None)
-    prefill: Prefill = Prefill(plan, 0, None, None)
+    angles = _angles(model, question) if plan.active and policy.needs_angles else None
+    prefill: Prefill = Prefill(plan, 0, angles, None)
     if scores is not None:
-        told = _Told(plan, 0, None, None)
+        told = _Told(plan, 0, angles, None)
         told.scores = lambda layer: scores(question, layer)
         prefill = told
     cache = DynamicCache()
@@ -203,6 +232,15 @@ def _compressed(
             layer, _ = prefill.compact(call)
         cache.layers.append(layer)
     return cache
+
+
+def _angles(model: Tiny, question: Question) -> torch.Tensor:
+    text = model.thinker.model
+    apply = names_of(text.layers[0].self_attn)["apply_rotary_pos_emb"]
+    positions = question.positions[:, :, : len(question.modality)]
+    embeddings = text.rotary_emb(question.prompt[0].key, positions)
+    width = question.prompt[0].key.shape[-1]
+    return rotary_angles(text.rotary_emb, positions, embeddings, apply, width)
 
 
 def _never(*_: Any, **__: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,26 +134,41 @@ class Interval(NamedTuple):
 
 
 def interval(
-    values: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0, resamples: int = 2000
+    values: Sequence[float] | np.ndarray,
+    level: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Interval:
     """Mean of ``[questions]`` and its percentile bootstrap (Efron and Tibshirani 1993, ch. 13).
 
-    Questions count as independent: the interval is too narrow if many are about the same clip. It
-    has no width if all values are the same, which does not mean that the mean is known exactly.
+    It has no width if all values are the same, which does not mean that the mean is known exactly.
 
     Args:
         level: share of such intervals that hold the true mean, in (0, 1).
+        clusters: for each value what it is about, such as the clip; whole clusters are drawn,
+            because questions about the same clip are not independent. Without, all are.
 
     Raises:
-        ValueError: without values, or for one that is not finite.
+        ValueError: without values, for one that is not finite, or unless there are as many
+            clusters as values.
     """
     sample = np.asarray(values, np.float64)
     if sample.ndim != 1 or not len(sample) or not np.isfinite(sample).all():
         raise ValueError(f"Values are {values!r}; expected at least one, all finite.")
     if not 0 < level < 1:
         raise ValueError(f"The level is {level}; expected a number between 0 and 1.")
+    about = range(len(sample)) if clusters is None else clusters
+    if len(about) != len(sample):
+        raise ValueError(f"There are {len(sample)} values and {len(about)} clusters.")
+    number = {one: place for place, one in enumerate(dict.fromkeys(about))}
+    member = [number[one] for one in about]
+    sums, counts = np.bincount(member, sample), np.bincount(member)
     rng = np.random.default_rng(seed)
-    means = [rng.choice(sample, len(sample)).mean() for _ in range(resamples)]
+    means = []
+    for _ in range(resamples):
+        drawn = rng.integers(len(sums), size=len(sums))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(sample.mean()), float(low), float(high))
 
@@ -164,6 +179,7 @@ def difference(
     level: float = 0.95,
     seed: int = 0,
     resamples: int = 2000,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Interval:
     """``first - second`` of two policies on the same questions, in the same order ``[questions]``.
 
@@ -175,4 +191,4 @@ def difference(
     """
     if len(first) != len(second):
         raise ValueError(f"There are {len(first)} and {len(second)} values; expected as many.")
-    return interval(np.subtract(first, second), level, seed, resamples)
+    return interval(np.subtract(first, second), level, seed, resamples, clusters)

@@ -48,10 +48,11 @@ def line(arm: Arm, samples: Sequence[Sample], answers: Answers, metric: str = "e
         tasks.setdefault(sample.task, []).append(found[metric])
     rejected = [one.rejected for one in given if one.rejected is not None]
     weights = [one.video_weight for one in given if one.video_weight]
+    clips = [(sample.video, sample.audio) for sample in samples]
     return Line(
         arm.name,
         len(samples),
-        {name: interval([one[name] for one in scored]) for name in common},
+        {name: interval([one[name] for one in scored], clusters=clips) for name in common},
         {task: fmean(values) for task, values in tasks.items()},
         fmean(one.entries for one in given),
         fmean(one.tokens for one in given),

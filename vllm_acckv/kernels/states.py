@@ -135,9 +135,10 @@ def _similarities(
     like, addresses, table, cosines, sines, wanted, direction, out, num_tokens, num_heads,
     stride_block, stride_head, stride_slot, wanted_stride_layer, wanted_stride_head,
     WIDTH: tl.constexpr, DIMS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, DISTANCE: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile of tokens: products of unit keys and the direction."""
+    """Of one tile of tokens: products of unit keys and the direction, or squared distances of keys
+    from it."""
     layer, kv_head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     inside = tokens < num_tokens
@@ -149,7 +150,11 @@ def _similarities(
     )  # fmt: skip
     dims = tl.arange(0, DIMS)
     towards = tl.load(direction + tl.program_id(0) * WIDTH + dims, mask=dims < WIDTH, other=0.0)
-    product = tl.sum(_units(rows) * towards[None, :], 1)
+    if DISTANCE:
+        away = rows - towards[None, :]
+        product = tl.sum(away * away, 1)
+    else:
+        product = tl.sum(_units(rows) * towards[None, :], 1)
     at = out + tl.program_id(0).to(tl.int64) * num_tokens + tokens
     tl.store(at, tl.where(present, product, 0.0), mask=inside)
 
@@ -211,12 +216,24 @@ class PagedStates:
     def similarities(
         self, direction: torch.Tensor, tokens: torch.Tensor, angles: torch.Tensor | None = None
     ) -> torch.Tensor:
+        return self._along(direction, tokens, angles, distance=False)
+
+    def distances(self, centre: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return self._along(centre, tokens, None, distance=True)
+
+    def _along(
+        self,
+        direction: torch.Tensor,
+        tokens: torch.Tensor,
+        angles: torch.Tensor | None,
+        distance: bool,
+    ) -> torch.Tensor:
         shape = self._shape(self.layers.head_size, angles)
         out = torch.empty(*self._heads, self.length, device=tokens.device)
         tokens = self._by_head(tokens)
         _similarities[(out.shape[0] * out.shape[1], triton.cdiv(self.length, shape["TOKENS"]))](
             *self._pointers(angles), tokens, direction.contiguous(), out, self.length,
-            *self._strides, *tokens.stride()[:2], **shape,
+            *self._strides, *tokens.stride()[:2], **shape, DISTANCE=distance,
         )  # fmt: skip
         return out
 

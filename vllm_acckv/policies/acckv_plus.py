@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AccKV+: what the text looks at, but from every part of the clip.
+"""AccKV+: something of every part of the clip, and of each part what stands out.
 
-A policy of this project, not of the paper; docs/results.md says how it was found and what it is
-worth. AccKV and SnapKV keep what the text behind the clips attends to. An answer also needs what
-its own later words will look for, which nobody knows yet. So a share of the budget is spent on
-coverage: each modality is cut into equally long parts, and the best token of each part stays.
+A policy of this project, not of the paper; docs/policies.md says how it was found, docs/results.md
+what it is worth. AccKV and SnapKV keep what the text behind the clips attends to. An answer also
+needs what its own later words will look for, which nobody knows yet. So each modality is cut into
+parts, more of them where the text attends more, and the best token of each part stays.
+
+What is best is told by attention and by the keys themselves: tokens that others will attend to have
+keys far from the mean of their modality. Seeing the clip's own rows attend to each other tells no
+more (docs/results.md), and would cost the prefix cache: rows of a cached clip are not computed.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 
 from vllm_acckv.policies.base import Layer, Policy, Prompt, Ratio
 from vllm_acckv.selection import Selection, ranked, select_best
-from vllm_acckv.spans import TEXT, Layout
+from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
 from vllm_acckv.states import States
 
 
@@ -23,8 +27,12 @@ class AccKVPlus(Policy):
     """Keep all text, the best token of each part of the clip, and the best of the rest.
 
     Attributes:
-        coverage: share of the kept audio-video tokens that are the best of their part; half of the
-            parts are of each modality. 0 keeps what the text attends to and nothing else.
+        coverage: share of the kept audio-video tokens that are the best of their part. 0 keeps
+            what is best in the whole clip and nothing else.
+        focusing: divide the parts between the modalities by the root of the mean attention that
+            their tokens get, per selection; without, each modality gets half of them.
+        distinct: a token's score is its attention times the squared distance of its key from the
+            mean key of its modality; without, its attention alone.
         head_mode: one selection per ``layer``, or one per KV ``head``.
     """
 
@@ -32,6 +40,8 @@ class AccKVPlus(Policy):
     layers_alike: ClassVar[bool] = True
 
     coverage: Ratio = 1.0
+    focusing: bool = True
+    distinct: bool = True
     head_mode: Literal["layer", "head"] = "head"
 
     def kept(self, layout: Layout) -> int:
@@ -47,12 +57,9 @@ class AccKVPlus(Policy):
     def first_query(self, layout: Layout) -> int:
         return layout.text_start
 
-    def parts(self, layout: Layout) -> dict[int, int]:
-        """Parts of each modality, by its code. Tokens of several clips count as one clip's."""
-        present = layout.present
-        total = round(self.coverage * self.kept(layout))
-        shares = {code: (total + i) // len(present) for i, code in enumerate(present)}
-        return {code: min(count, layout.counts[code]) for code, count in shares.items()}
+    def parts(self, layout: Layout) -> int:
+        """Parts of all clips together; several clips of a modality count as one."""
+        return round(self.coverage * self.kept(layout))
 
     def select(
         self,
@@ -61,26 +68,56 @@ class AccKVPlus(Policy):
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
+        worth = scores * self._distances(states, prompt) if self.distinct else scores
         if self.head_mode == "layer":
-            scores = layer.ranks.mean(scores.mean(-2, keepdim=True))
+            both = torch.stack([scores, worth]).mean(-2, keepdim=True)
+            scores, worth = layer.ranks.mean(both).unbind()
         text = prompt.modality == TEXT
-        rank = ranked(scores.masked_fill(text, -torch.inf))
+        rank = ranked(worth.masked_fill(text, -torch.inf))
         # Ranks, not scores: no two are equal, so that each part has one best token.
-        order = torch.where(self._best(rank, prompt), rank - len(text), rank)
+        order = torch.where(self._best(rank, scores, prompt), rank - len(text), rank)
         return select_best(-order.float(), self.entries(prompt.layout, layer), protected=text)
 
-    def _best(self, rank: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def _distances(self, states: States, prompt: Prompt) -> torch.Tensor:
+        """fp32 ``[..., G, l]``, 1 on average over the tokens of a modality."""
+        mine = torch.stack([prompt.modality == code for code in prompt.layout.present])
+        centres, _ = states.means(mine[None])
+        total = torch.ones_like(prompt.modality, dtype=torch.float32)
+        for number, tokens in enumerate(mine):
+            # A broken key must not spread: its token has no worth.
+            square = states.distances(centres[..., number, :], tokens[None])
+            square = square.nan_to_num(posinf=0)
+            mean = square.sum(-1, keepdim=True) / tokens.sum()
+            total = torch.where(tokens, square / mean.clamp(min=1e-20), total)
+        return total
+
+    def _best(self, rank: torch.Tensor, scores: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """bool like ``rank`` ``[..., S, l]``, whether a token is the best of its part."""
-        part = torch.full_like(prompt.modality, 0, dtype=torch.int64)
-        parts = 1  # the first takes what is in none
-        for code, count in self.parts(prompt.layout).items():
-            if count:
-                mine = prompt.modality == code
-                place = mine.cumsum(-1) - 1
-                here = parts + place * count // prompt.layout.counts[code]
-                part = torch.where(mine, here, part)
-                parts += count
-        part = part.expand_as(rank)
-        best = torch.full_like(rank[..., :1], rank.shape[-1]).expand(*rank.shape[:-1], parts)
+        _, num_video, num_audio = prompt.layout.counts
+        total = self.parts(prompt.layout)
+        video = self._video_parts(scores, prompt)[..., None]
+        part = torch.zeros_like(rank)  # the first takes what is in none
+        for code, parts, before, count in (
+            (VIDEO, video, 0, num_video),
+            (AUDIO, total - video, video, num_audio),
+        ):
+            mine = prompt.modality == code
+            place = mine.cumsum(-1) - 1
+            here = 1 + before + place * parts // max(1, count)
+            part = torch.where(mine & (parts > 0), here, part)
+        best = torch.full_like(rank[..., :1], rank.shape[-1]).expand(*rank.shape[:-1], total + 1)
         best = best.scatter_reduce(-1, part, rank, "amin")
         return (rank == best.gather(-1, part)) & (part > 0)
+
+    def _video_parts(self, scores: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """int64 ``[..., S]``; the other parts are of audio."""
+        _, num_video, num_audio = prompt.layout.counts
+        total = self.parts(prompt.layout)
+        share = torch.full_like(scores[..., 0], 0.5)
+        if self.focusing and num_video and num_audio:
+            video = ((scores * (prompt.modality == VIDEO)).sum(-1) / num_video).sqrt()
+            audio = ((scores * (prompt.modality == AUDIO)).sum(-1) / num_audio).sqrt()
+            share = video / (video + audio)
+            share = torch.where(share.isfinite(), share, 0.5)
+        # No more parts than tokens.
+        return (share * total).round().long().clamp(max(0, total - num_audio), num_video)
