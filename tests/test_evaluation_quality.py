@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -169,3 +171,13 @@ def test_a_rerun_is_the_same(runner: InHF, samples: tuple[Sample, ...], tmp_path
         evaluate(runner, arms, samples[:14], tmp_path / name, Console(file=StringIO()))
     for file in ("answers.jsonl", "results.json", "results.md"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_a_preset_from_a_shell(tmp_path: Path) -> None:
+    """In a process that has imported nothing before."""
+    script = Path(sys.executable).with_name("vllm-acckv")
+    command = [script, "eval", MODEL, "--output", tmp_path, "--preset", "table3", "--runner", "hf"]
+    done = subprocess.run([*command, "--questions", "2"], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    for said in ("Table 3", "| drop_audio |", "2 questions"):
+        assert said in done.stdout

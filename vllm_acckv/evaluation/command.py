@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from vllm_acckv import cpu_media
 from vllm_acckv.config import KVPolicyError
 from vllm_acckv.evaluation.arms import Arm, grid
 from vllm_acckv.evaluation.run import Answerer, evaluate, refusals
@@ -231,6 +232,7 @@ def num_layers(checkpoint: str) -> int:
     Raises:
         KVPolicyError: for one whose configuration transformers cannot read.
     """
+    cpu_media.fix()  # in front of the first import of transformers
     from transformers import AutoConfig
 
     try:
