@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vllm_acckv.policies import make_policy
 from vllm_acckv.policies.acckv_plus import AccKVPlus
 from vllm_acckv.policies.base import Layer, Prompt
+from vllm_acckv.rotary import rotate
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, Layout
 from vllm_acckv.states import DenseStates
 
@@ -22,13 +23,24 @@ HEADS = 3
 
 
 def selected(
-    policy: AccKVPlus, modality: np.ndarray, scores: np.ndarray, keys: np.ndarray | None = None
+    policy: AccKVPlus,
+    modality: np.ndarray,
+    scores: np.ndarray,
+    keys: np.ndarray | None = None,
+    angles: np.ndarray | None = None,
 ) -> np.ndarray:
-    """bool ``[S, l]``."""
-    prompt = Prompt.of(Layout(modality), torch.device("cpu"))
+    """bool ``[S, l]``.
+
+    Args:
+        keys: fp32 ``[HEADS, l, 4]`` before rotary embedding by ``angles`` fp32 ``[l, 2]``.
+    """
     if keys is None:
         keys = np.zeros((HEADS, len(modality), 4), np.float32)
-    states = DenseStates(torch.from_numpy(keys), torch.zeros(keys.shape))
+    if angles is None:
+        angles = np.zeros((len(modality), 2), np.float32)
+    turns = torch.from_numpy(angles)
+    prompt = Prompt.of(Layout(modality), torch.device("cpu"), turns)
+    states = DenseStates(rotate(torch.from_numpy(keys), turns), torch.zeros(keys.shape))
     chosen = policy.select(torch.from_numpy(scores), states, prompt, Layer())
     assert chosen.size == policy.entries(prompt.layout, Layer())
     keep: np.ndarray = chosen.keep.numpy()
@@ -107,26 +119,34 @@ def test_is_the_naive_choice(
     assert np.flatnonzero(together[0]).tolist() == expected
 
 
-@given(prompts(), st.sampled_from([0.2, 0.5]), st.sampled_from([0.0, 1.0]))
-@settings(max_examples=100, deadline=None)
-def test_keys_far_from_the_mean_of_their_modality_are_worth_more(
-    prompt: tuple[np.ndarray, np.ndarray], budget: float, coverage: float
+@given(
+    prompts(),
+    st.sampled_from([0.2, 0.5]),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_keys_unlike_those_of_text_are_worth_more(
+    prompt: tuple[np.ndarray, np.ndarray], budget: float, coverage: float, seed: int
 ) -> None:
     modality, _ = prompt
-    rng = np.random.default_rng(len(modality))
-    scores = rng.random((HEADS, len(modality)), dtype=np.float32)  # no two are equal
-    offset = np.where(modality == VIDEO, 50, -7)[None, :, None]  # a bias that says nothing
-    keys = (rng.normal(size=(HEADS, len(modality), 4)) + offset).astype(np.float32)
+    length, rng = len(modality), np.random.default_rng(seed)
+    scores = rng.random((HEADS, length), dtype=np.float32)  # no two are equal
+    keys = rng.normal(size=(HEADS, length, 4)).astype(np.float32)
+    angles = rng.uniform(0, 99, (length, 2)).astype(np.float32)
     policy = AccKVPlus(budget=budget, coverage=coverage)
-    keep = selected(policy, modality, scores, keys)
+    keep = selected(policy, modality, scores, keys, angles)
+    # What text is like is all that counts: with a bias of keys nothing changes.
+    biased = selected(policy, modality, scores, keys + np.float32([9, -5, 0, 7]), angles)
+    assert (keep == biased).mean() > 0.98  # but for what fp32 rounds away
     worth = scores.astype(np.float64)
     for head in range(HEADS):
+        centre = keys[head, modality == TEXT].mean(0, dtype=np.float64)
+        square = ((keys[head] - centre) ** 2).sum(-1)
         for code in (VIDEO, AUDIO):
             mine = modality == code
             if mine.any():
-                away = keys[head, mine] - keys[head, mine].mean(0, dtype=np.float64)
-                square = (away**2).sum(-1)
-                worth[head, mine] *= square / max(square.mean(), 1e-20)
+                worth[head, mine] *= square[mine] / square[mine].mean()
         count = policy.kept(Layout(modality))
         expected = naive(modality, scores[head], worth[head], count, policy)
         assert np.flatnonzero(keep[head]).tolist() == expected
@@ -160,15 +180,22 @@ def test_a_broken_key_does_not_decide() -> None:
     scores = np.ones((HEADS, len(modality)), np.float32)
     policy = AccKVPlus(budget=0.5, coverage=0)
     sound = selected(policy, modality, scores, keys)
-    keys[0, 5, 1] = np.nan
+    for broken in (np.nan, np.inf, -np.inf, 1e25):
+        one = keys.copy()
+        one[0, 5, 1] = broken
+        keep = selected(policy, modality, scores, one)
+        assert not keep[0, 5] and keep.sum(-1).tolist() == [15] * HEADS
+        assert (keep != sound).sum() <= 2  # another token in its place, if it was kept
+    keys[0, 0, 1] = 1e25  # text: what the keys of that head say is lost
     keep = selected(policy, modality, scores, keys)
-    assert not keep[0, 5] and keep.sum(-1).tolist() == [15] * HEADS
-    assert np.flatnonzero(keep[0] & ~sound[0]).size <= 2 and (keep[1:] == sound[1:]).all()
+    assert np.flatnonzero(keep[0]).tolist() == [*range(11), 21, 22, 23, 24]
+    assert (keep[1:] == sound[1:]).all()
 
 
 def test_layers_at_once_are_layers_one_by_one() -> None:
     modality = np.array([TEXT] * 2 + [VIDEO] * 30 + [AUDIO] * 21 + [TEXT] * 4, np.int8)
-    prompt = Prompt.of(Layout(modality), torch.device("cpu"))
+    angles = torch.rand(len(modality), 2)
+    prompt = Prompt.of(Layout(modality), torch.device("cpu"), angles)
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(4, HEADS, len(modality), generator=generator)
     states = DenseStates(*torch.rand(2, 4, HEADS, len(modality), 4, generator=generator))

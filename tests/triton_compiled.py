@@ -107,7 +107,7 @@ def launches(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int) -> l
             states.means(tokens[:, :, None].expand(-1, -1, 2, -1), angles)
             states.directions(tokens, angles)
             states.similarities(direction, tokens, angles)
-        states.distances(direction, tokens)
+            states.distances(direction, tokens, angles)
         merged = torch.zeros(3, kv_heads, 2, 2 * head_size).to(dtype)
         move(layers, torch.zeros(3, 1, 50, dtype=torch.int32), LENGTH, merged)
         tables = LayerTables(3, 8, 9, BLOCK, torch.device("cpu"))
@@ -176,6 +176,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("acckv", {"preset": "corrected"}),
     ("acckv", {"preset": "corrected", "merge_space": "post_rope", "head_mode": "head"}),
     ("acckv", {"calibration": False}),
+    ("acckv_plus", {}),
+    ("acckv_plus", {"head_mode": "layer"}),
     ("snapkv", {}),
     ("h2o", {"normalize": True}),
     ("recent", {}),

@@ -53,7 +53,9 @@ class States(Protocol):
             fp32 ``[..., G, l]``, 0 for other tokens.
         """
 
-    def distances(self, centre: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def distances(
+        self, centre: torch.Tensor, tokens: torch.Tensor, angles: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Squared distance of keys from a point; shapes as for :meth:`similarities`."""
 
 
@@ -88,8 +90,10 @@ class DenseStates:
         product = (self._units(angles) @ direction[..., None])[..., 0]
         return torch.where(tokens, product, 0)
 
-    def distances(self, centre: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        square = (self._keys(None) - centre[..., None, :]).square().sum(-1)
+    def distances(
+        self, centre: torch.Tensor, tokens: torch.Tensor, angles: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        square = (self._keys(angles) - centre[..., None, :]).square().sum(-1)
         return torch.where(tokens, square, 0)
 
     def _keys(self, angles: torch.Tensor | None) -> torch.Tensor:

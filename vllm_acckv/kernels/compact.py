@@ -14,6 +14,7 @@ from vllm_acckv.kernels.score import observe
 from vllm_acckv.kernels.states import PagedStates
 from vllm_acckv.movement import entry_sources
 from vllm_acckv.policies.acckv import AccKV
+from vllm_acckv.policies.acckv_plus import AccKVPlus
 from vllm_acckv.policies.base import Layer, Policy, Prompt
 from vllm_acckv.scores import Weights
 from vllm_acckv.selection import Kept, Selection
@@ -78,6 +79,6 @@ def warm_up(
     prompt = Prompt.of(layout, device, angles)
     if policy.layers_alike:
         compact(policy, scores, layers, prompt, Layer(), block_size)
-    for preset in ("paper", "corrected"):
-        acckv = AccKV(**AccKV.presets[preset])
-        compact(acckv, scores, layers, prompt, Layer(), block_size)
+    of_requests = [AccKV(**AccKV.presets[preset]) for preset in ("paper", "corrected")]
+    for other in (*of_requests, AccKVPlus()):
+        compact(other, scores, layers, prompt, Layer(), block_size)

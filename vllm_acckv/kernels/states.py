@@ -218,8 +218,10 @@ class PagedStates:
     ) -> torch.Tensor:
         return self._along(direction, tokens, angles, distance=False)
 
-    def distances(self, centre: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return self._along(centre, tokens, None, distance=True)
+    def distances(
+        self, centre: torch.Tensor, tokens: torch.Tensor, angles: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._along(centre, tokens, angles, distance=True)
 
     def _along(
         self,

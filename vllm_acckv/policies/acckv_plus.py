@@ -7,8 +7,8 @@ needs what its own later words will look for, which nobody knows yet. So each mo
 parts, more of them where the text attends more, and the best token of each part stays.
 
 What is best is told by attention and by the keys themselves: tokens that others will attend to have
-keys far from the mean of their modality. Seeing the clip's own rows attend to each other tells no
-more (docs/results.md), and would cost the prefix cache: rows of a cached clip are not computed.
+keys far from those of text. Rows of the clip itself tell as much (docs/results.md), but would cost
+the prefix cache: those of a cached clip are not computed again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AccKVPlus(Policy):
         focusing: divide the parts between the modalities by the root of the mean attention that
             their tokens get, per selection; without, each modality gets half of them.
         distinct: a token's score is its attention times the squared distance of its key from the
-            mean key of its modality; without, its attention alone.
+            mean key of all text, before rotary embedding; without, its attention alone.
         head_mode: one selection per ``layer``, or one per KV ``head``.
     """
 
@@ -43,6 +43,10 @@ class AccKVPlus(Policy):
     focusing: bool = True
     distinct: bool = True
     head_mode: Literal["layer", "head"] = "head"
+
+    @property
+    def needs_angles(self) -> bool:
+        return self.distinct
 
     def kept(self, layout: Layout) -> int:
         """Audio-video tokens that stay (k)."""
@@ -79,16 +83,21 @@ class AccKVPlus(Policy):
         return select_best(-order.float(), self.entries(prompt.layout, layer), protected=text)
 
     def _distances(self, states: States, prompt: Prompt) -> torch.Tensor:
-        """fp32 ``[..., G, l]``, 1 on average over the tokens of a modality."""
-        mine = torch.stack([prompt.modality == code for code in prompt.layout.present])
-        centres, _ = states.means(mine[None])
-        total = torch.ones_like(prompt.modality, dtype=torch.float32)
-        for number, tokens in enumerate(mine):
-            # A broken key must not spread: its token has no worth.
-            square = states.distances(centres[..., number, :], tokens[None])
-            square = square.nan_to_num(posinf=0)
-            mean = square.sum(-1, keepdim=True) / tokens.sum()
-            total = torch.where(tokens, square / mean.clamp(min=1e-20), total)
+        """fp32 ``[..., G, l]``, 1 on average over the tokens of a modality, and for text.
+
+        Before rotary embedding, a bias of keys is the same for all tokens and drops out.
+        """
+        text = (prompt.modality == TEXT)[None]
+        centre, _ = states.means(text[:, None], prompt.angles)
+        square = states.distances(centre[..., 0, :], ~text, prompt.angles)
+        # A token whose key is broken has no worth; a broken centre says nothing about any.
+        square = square.nan_to_num(posinf=0)
+        total = torch.ones_like(square)
+        for code in prompt.layout.present:
+            mine = prompt.modality == code
+            mean = (square * mine).sum(-1, keepdim=True) / prompt.layout.counts[code]
+            known = mine & mean.isfinite() & (mean > 0)
+            total = torch.where(known, square / mean, total)
         return total
 
     def _best(self, rank: torch.Tensor, scores: torch.Tensor, prompt: Prompt) -> torch.Tensor:
