@@ -146,7 +146,7 @@ def test_keys_unlike_those_of_text_are_worth_more(
         for code in (VIDEO, AUDIO):
             mine = modality == code
             if mine.any():
-                worth[head, mine] *= square[mine] / square[mine].mean()
+                worth[head, mine] *= (square[mine] / square[mine].mean()) ** 2
         count = policy.kept(Layout(modality))
         expected = naive(modality, scores[head], worth[head], count, policy)
         assert np.flatnonzero(keep[head]).tolist() == expected

@@ -31,8 +31,9 @@ class AccKVPlus(Policy):
             what is best in the whole clip and nothing else.
         focusing: divide the parts between the modalities by the root of the mean attention that
             their tokens get, per selection; without, each modality gets half of them.
-        distinct: a token's score is its attention times the squared distance of its key from the
-            mean key of all text, before rotary embedding; without, its attention alone.
+        distinct: a token's score is its attention times the fourth power of the distance of its
+            key from the mean key of all text, before rotary embedding; without, its attention
+            alone.
         head_mode: one selection per ``layer``, or one per KV ``head``.
     """
 
@@ -72,7 +73,7 @@ class AccKVPlus(Policy):
         prompt: Prompt,
         layer: Layer,
     ) -> Selection:
-        worth = scores * self._distances(states, prompt) if self.distinct else scores
+        worth = scores * self._distinctness(states, prompt) if self.distinct else scores
         if self.head_mode == "layer":
             both = torch.stack([scores, worth]).mean(-2, keepdim=True)
             scores, worth = layer.ranks.mean(both).unbind()
@@ -82,8 +83,8 @@ class AccKVPlus(Policy):
         order = torch.where(self._best(rank, scores, prompt), rank - len(text), rank)
         return select_best(-order.float(), self.entries(prompt.layout, layer), protected=text)
 
-    def _distances(self, states: States, prompt: Prompt) -> torch.Tensor:
-        """fp32 ``[..., G, l]``, 1 on average over the tokens of a modality, and for text.
+    def _distinctness(self, states: States, prompt: Prompt) -> torch.Tensor:
+        """fp32 ``[..., G, l]``, 1 for text and for tokens of a modality's mean squared distance.
 
         Before rotary embedding, a bias of keys is the same for all tokens and drops out.
         """
@@ -97,7 +98,7 @@ class AccKVPlus(Policy):
             mine = prompt.modality == code
             mean = (square * mine).sum(-1, keepdim=True) / prompt.layout.counts[code]
             known = mine & mean.isfinite() & (mean > 0)
-            total = torch.where(known, square / mean, total)
+            total = torch.where(known, (square / mean).square(), total)
         return total
 
     def _best(self, rank: torch.Tensor, scores: torch.Tensor, prompt: Prompt) -> torch.Tensor:
