@@ -58,6 +58,9 @@ def test_vllm_and_hugging_face_agree(
     one, other = (list(runner.answer(arm, samples)) for runner in (in_vllm, in_hf))
     assert [answer.tokens for answer in one] == [answer.tokens for answer in other]
     assert [answer.entries for answer in one] == [answer.entries for answer in other]
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.rejected == pytest.approx(theirs.rejected)
+        assert mine.video_weight == pytest.approx(theirs.video_weight, abs=1e-4)
     same = sum(mine.text == theirs.text for mine, theirs in zip(one, other, strict=True))
     assert same >= 0.9 * len(samples)
     gap = difference(right(one, samples), right(other, samples), clusters=clips(samples))

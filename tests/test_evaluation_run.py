@@ -18,7 +18,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from vllm_acckv.evaluation import mvbench, tiny_av
+from vllm_acckv.config import KVPolicyError
+from vllm_acckv.evaluation import command, mvbench, tiny_av
 from vllm_acckv.evaluation.arms import Answer, Arm
 from vllm_acckv.evaluation.command import REFUSED, spread
 from vllm_acckv.evaluation.media import frames
@@ -183,6 +184,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> type[Fake]:
     for module, name in (("in_vllm", "InVLLM"), ("in_hf", "InHF"), ("in_server", "InServer")):
         imported = importlib.import_module(f"vllm_acckv.evaluation.{module}")
         monkeypatch.setattr(imported, name, Fake)
+    layers = command.num_layers
+    monkeypatch.setattr(
+        command, "num_layers", lambda name: layers(name) if Path(name).exists() else 4
+    )
     monkeypatch.setattr(Fake, "checkpoint", str(checkpoint))
     monkeypatch.setattr(Fake, "sizes", {"full": 300.0})
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
@@ -269,9 +274,11 @@ def test_unequal_sizes_are_refused(fake: type[Fake], tmp_path: Path) -> None:
     assert "## Not compared" in done.stdout and "| snapkv" not in done.stdout
     assert "no question will be asked again" in done.stdout
     assert len(json.loads((tmp_path / "results.json").read_text())) == 3
+    assert not (tmp_path / "quality.svg").exists()  # full alone
     done = call(tmp_path, *options, "--allow-unequal")
     assert done.exit_code == 0
     assert "| snapkv budget=0.2 | 60 of 300 |" in done.stdout
+    assert "snapkv" in (tmp_path / "quality.svg").read_text()
     assert "Not comparable: snapkv budget=0.2 keeps 60.0 entries and acckv" in done.stdout
     assert not made[1].asked
 
@@ -312,6 +319,39 @@ def test_answers_of_two_models_are_not_mixed(fake: type[Fake], tmp_path: Path) -
         done = call(tmp_path, *changed, *options)
         assert done.exit_code == 1
         assert done.stderr.startswith(f"error: {tmp_path} holds answers with {name} ")
+
+
+def test_a_failed_start_does_not_claim_the_folder(
+    fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any, **options: Any) -> None:
+        raise KVPolicyError("wrong cannot be loaded.")
+
+    options = ("--questions", "7", "--policies", "full")
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_acckv.evaluation.in_vllm.InVLLM", broken)
+        done = call(tmp_path, "wrong", *options)
+        assert (done.exit_code, done.stderr) == (1, "error: wrong cannot be loaded.\n")
+    assert call(tmp_path, "right", *options).exit_code == 0
+
+
+@pytest.mark.parametrize("package", ["rouge_score", "av"])
+def test_a_missing_package_is_named_before_the_work(
+    fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    find = command.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == package else find(name))
+    done = call(tmp_path, "model")
+    assert done.exit_code == 1 and not made
+    assert done.stderr.startswith(f"error: The package {package.replace('_', '-')} is missing: pip")
+
+
+def test_a_policy_that_does_not_fit_the_model(
+    fake: type[Fake], checkpoint: Path, tmp_path: Path
+) -> None:
+    done = call(tmp_path, str(checkpoint), "--policies", "fastv", "--budgets", "0.2")
+    assert done.exit_code == 1 and not made
+    assert done.stderr.startswith("error: --kv-budget is 0.2; it must be above 0.50, what fastv's ")
 
 
 def test_figure1(
@@ -358,7 +398,6 @@ def test_options_at_odds(
     [
         ("m --task mvbench --annotations nowhere", "nowhere/json/action_sequence.json does not"),
         ("m --policies nothing", "'nothing'"),
-        ("m --preset table4", "A preset needs the number of the model's layers, but m has no"),
     ],
 )
 def test_what_cannot_be_honoured(
@@ -367,6 +406,13 @@ def test_what_cannot_be_honoured(
     done = call(tmp_path, *arguments.split())
     assert done.exit_code == 1, done.output
     assert done.stderr.startswith("error: ") and said in done.stderr and not made
+
+
+@pytest.mark.parametrize("more", ["", "--preset table4"])
+def test_no_checkpoint(tmp_path: Path, more: str) -> None:
+    done = call(tmp_path, str(tmp_path / "m"), *more.split())
+    assert done.exit_code == 1, done.output
+    assert f"layers is needed, but {tmp_path / 'm'} has no configuration" in done.stderr
 
 
 def test_questions_are_spread_over_tasks(mvbench_root: Path) -> None:

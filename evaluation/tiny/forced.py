@@ -2,7 +2,8 @@
 """Which answers of the tiny model stay right under a policy, in milliseconds each.
 
 Greedy decoding gives the right answer if and only if the model, fed the right answer, predicts each
-of its tokens. And whatever a policy drops afterwards, the prompt is computed the same. So prompts
+of its tokens. The first is predicted before anything is dropped, and the same for all clips: it is
+taken as right. And whatever a policy drops afterwards, the prompt is computed the same. So prompts
 are computed once, and every policy costs its decision and one pass over the answer.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the tiny audio-video model: a Qwen2.5-Omni thinker that answers questions about clips.
 
-    python evaluation/tiny/train.py OUTPUT [--seed 0] [--steps 1500] [--look-ahead 0.3]
+    python evaluation/tiny/train.py OUTPUT [--seed 0] [--steps 1200] [--look-ahead 0.05]
 
 Two phases. First the encoders alone learn to tell colours, shapes and sounds apart, and are frozen.
 Then the decoder learns to answer. OUTPUT becomes a checkpoint that vLLM serves; training stopped
@@ -195,7 +195,17 @@ class Run:
     def state(self) -> Path:
         return self.folder / "state.pt"
 
+    def claim(self) -> None:
+        """Write the checkpoint's settings into the folder, or see that they are those."""
+        note, mine = self.folder / "training.json", asdict(self.settings)
+        if not (self.folder / "config.json").exists():
+            write_settings(self.folder, self.settings)
+            note.write_text(json.dumps(mine, indent=1) + "\n")
+        elif note.exists() and json.loads(note.read_text()) != mine:
+            raise SystemExit(f"{self.folder} has other settings; choose another folder.")
+
     def save(self, model: Tiny, optimizers: Optimizers, step: int) -> None:
+        new = self.state.with_suffix(".new")  # stopped while saving, the old state stands
         torch.save(
             {
                 "settings": asdict(self.settings),
@@ -203,8 +213,9 @@ class Run:
                 "optimizers": [one.state_dict() for one in optimizers.all],
                 "step": step,
             },
-            self.state,
+            new,
         )
+        new.replace(self.state)
 
     def load(self, model: Tiny, optimizers: Optimizers) -> int | None:
         """Steps that are done, ``None`` if there is nothing to go on from."""
@@ -222,8 +233,7 @@ class Run:
 def train(run: Run) -> dict[str, float]:
     """Train, and write the checkpoint; exact matches by task at the end."""
     settings = run.settings
-    if not (run.folder / "config.json").exists():
-        write_settings(run.folder, settings)
+    run.claim()
     maker = Maker(run.folder, settings.slots, settings.seed)
     model = Tiny(run.folder, maker, settings.seed).to(run.device)
     optimizers = Optimizers(model, settings)

@@ -37,6 +37,7 @@ POLICIES, BUDGETS = "full,acckv,snapkv", "0.2,0.1"
 REFUSED = 3
 """Exit code where arms were not compared because their sizes differ."""
 
+_SETTINGS = "settings.json"
 _ADVICE = """
 Policies that keep unequal numbers of entries are not compared. Run the command again with
 --allow-unequal to see them in one table; no question will be asked again."""
@@ -86,52 +87,61 @@ def run(options: Options, console: Console) -> tuple[str, int]:
         DatasetError: for files of the data set that are missing or malformed.
     """
     check(options)
+    _packages(options)
     server = _server(options) if options.runner == "server" else None
     model, checkpoint = (server.model, server.checkpoint) if server else [str(options.model)] * 2
     if options.preset == FIGURE:
         return _figure(options, console), 0
     arms = _arms(options, checkpoint)
     data = questions(options, console)
-    same_as_before(options, model)
+    now = same_as_before(options, model, checkpoint)
     answerer = server or _local(options, data.samples)
+    # Not before the model is there: a name mistyped once must not claim the folder.
+    (options.output / _SETTINGS).write_text(json.dumps(now, indent=1) + "\n", "utf-8")
     metric, unequal = _METRICS[options.task], options.allow_unequal
     lines = evaluate(answerer, arms, data.samples, options.output, console, metric, unequal)
-    _draw(lines, options.output, metric)
+    # A preset says itself which sizes are unequal, some by design.
+    unlike = {} if unequal or options.preset is not None else refusals(lines)
+    _draw([one for one in lines if one.arm not in unlike], options.output, metric)
     report = (options.output / "results.md").read_text("utf-8")
-    if options.preset is not None:  # says itself which sizes are unequal, some by design
+    if options.preset is not None:
         report = _preset(options.preset).render(lines, model, options.task, metric)
         (options.output / f"{options.preset}.md").write_text(report, "utf-8")
-    elif refusals(lines) and not unequal:
+    elif unlike:
         return report + _ADVICE, REFUSED
     return report, 0
 
 
-def same_as_before(options: Options, model: str) -> None:
-    """Note what answers in the folder depend on, so that those of two models are never mixed.
+def same_as_before(options: Options, model: str, checkpoint: str) -> dict[str, Any]:
+    """What answers in the folder depend on, so that those of two models are never mixed.
 
     Raises:
         KVPolicyError: if it holds answers to other questions or of another model.
     """
+    files = options.annotations, options.videos, options.references
     now = {
         "model": model,
+        "checkpoint": checkpoint,
         "task": options.task,
+        "files": [None if one is None else str(one.resolve()) for one in files],
         "runner": options.runner,
         "seed": options.seed,
         "max_tokens": options.max_tokens,
         "block_size": options.block_size,
     }
-    path = options.output / "settings.json"
-    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / _SETTINGS
     if not path.exists():
-        path.write_text(json.dumps(now, indent=1) + "\n", "utf-8")
-        return
+        return now
     before = read_json(path)
+    if not isinstance(before, dict):
+        raise KVPolicyError(f"{path} was not written by this command; choose another folder.")
     for name, value in now.items():
         if before.get(name) != value:
             raise KVPolicyError(
                 f"{options.output} holds answers with {name} {before.get(name)}, not {value}; "
                 "choose another folder."
             )
+    return now
 
 
 def _draw(lines: Sequence[Line], output: Path, metric: str) -> None:
@@ -145,8 +155,10 @@ def _draw(lines: Sequence[Line], output: Path, metric: str) -> None:
         ("weights", plots.weights),
         ("rejected", plots.rejected),
     ):
+        path = output / f"{name}.svg"
+        path.unlink(missing_ok=True)  # of other arms
         with suppress(KVPolicyError):  # nothing of this kind in these arms
-            draw(lines, output / f"{name}.svg")
+            draw(lines, path)
 
 
 def _figure(options: Options, console: Console) -> str:
@@ -165,6 +177,24 @@ def _figure(options: Options, console: Console) -> str:
 
 
 # Options
+
+
+def _packages(options: Options) -> None:
+    """Before hours of work whose results could not be written.
+
+    Raises:
+        KVPolicyError: for one that is not installed.
+    """
+    needed = ["rouge_score", "av", "soundfile"]
+    if options.runner == "hf":
+        needed.append("transformers")
+    if options.preset == FIGURE:
+        needed.append("matplotlib")
+    for name in needed:
+        if find_spec(name) is None:
+            raise KVPolicyError(
+                f"The package {name.replace('_', '-')} is missing: pip install 'vllm-acckv[eval]'."
+            )
 
 
 def check(options: Options) -> None:
@@ -200,11 +230,16 @@ def check(options: Options) -> None:
 def _arms(options: Options, checkpoint: str) -> list[Arm]:
     if options.preset is not None:
         return list(_preset(options.preset).arms(num_layers(checkpoint)))
-    return grid(
+    arms = grid(
         (options.policies or POLICIES).split(","),
         _numbers(options.budgets or BUDGETS, "--budgets"),
         _numbers(options.taus or "", "--taus"),
     )
+    if options.runner != "server":  # whose checkpoint may be elsewhere
+        layers = num_layers(checkpoint)
+        for arm in arms:
+            arm.made().check(layers)
+    return arms
 
 
 def _numbers(text: str, flag: str) -> list[float]:
@@ -240,8 +275,8 @@ def num_layers(checkpoint: str) -> int:
     except (OSError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise KVPolicyError(
-            f"A preset needs the number of the model's layers, but {checkpoint} has no "
-            f"configuration that can be read: {first}"
+            f"The number of the model's layers is needed, but {checkpoint} has no configuration "
+            f"that can be read: {first}"
         ) from None
     # Of models that speak, the part that understands and writes.
     config = getattr(config, "thinker_config", config)

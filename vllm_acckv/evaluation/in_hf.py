@@ -19,8 +19,8 @@ from vllm_acckv.hf import Run, kv_policy
 
 _FPS = 2.0
 """Pictures a second that a model sees, as Qwen2.5-Omni's own examples have it."""
-_CLIPS = 4
-"""Prepared clips that are kept; neighbouring questions are often about the same one."""
+_CLIPS = 1
+"""Decoded clips that are kept, whole: neighbouring questions are often about the same one."""
 
 
 class InHF:
@@ -154,7 +154,9 @@ def _ends(model: Any) -> list[int]:
 
 def _answer(arm: Arm, sample: Sample, text: str, tokens: int, run: Run) -> Answer:
     entries = fmean(layer.length for layer in run.layers) if run.layers else float(tokens)
-    rejected = [one.rejected_share for one in run.stats if one.rejected_share is not None]
+    filters = [one for one in run.stats if one.rejected_share is not None]
+    filtered = sum(one.filtered for one in filters)
+    rejected = sum((one.rejected_share or 0) * one.filtered for one in filters)
     weights = [one.video_weight for one in run.stats if one.video_weight is not None]
     return Answer(
         sample.id,
@@ -162,6 +164,6 @@ def _answer(arm: Arm, sample: Sample, text: str, tokens: int, run: Run) -> Answe
         text,
         entries,
         tokens,
-        fmean(rejected) if rejected else None,
+        rejected / filtered if filtered else None,
         tuple(weights) if len(weights) == len(run.stats) else (),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_acckv.config import KVPolicyError
 from vllm_acckv.evaluation.arms import Answer, Arm
 from vllm_acckv.evaluation.samples import Sample
 
@@ -49,7 +50,11 @@ class InVLLM:
         self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
 
     def answer(self, arm: Arm, samples: Sequence[Sample]) -> Iterator[Answer]:
-        """In the order of ``samples``."""
+        """In the order of ``samples``.
+
+        Raises:
+            KVPolicyError: for a batch that vLLM refuses.
+        """
         from vllm import SamplingParams
 
         settings = SamplingParams(
@@ -59,7 +64,12 @@ class InVLLM:
             batch = samples[start : start + _BATCH]
             self.llm.collective_rpc("kv_policy_record")
             messages: Any = [conversation(sample) for sample in batch]
-            outputs = self.llm.chat(messages, settings, use_tqdm=False)
+            try:
+                outputs = self.llm.chat(messages, settings, use_tqdm=False)
+            except ValueError as error:  # too long, too many clips, a policy that does not fit
+                first = str(error).partition("\n")[0]
+                names = f"{batch[0].id} to {batch[-1].id}"
+                raise KVPolicyError(f"{arm.name}, questions {names}: {first}") from None
             found = self.llm.collective_rpc("kv_policy_take_records")[0]
             # vLLM appends random letters to the ids it gives.
             records = {name.rpartition("-")[0]: layers for name, layers in found.items()}

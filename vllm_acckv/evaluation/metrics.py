@@ -142,7 +142,8 @@ def interval(
 ) -> Interval:
     """Mean of ``[questions]`` and its percentile bootstrap (Efron and Tibshirani 1993, ch. 13).
 
-    It has no width if all values are the same, which does not mean that the mean is known exactly.
+    It has no width if all values are the same or about one clip, which does not mean that the mean
+    is known exactly, and is too narrow for few clips (ten, say).
 
     Args:
         level: share of such intervals that hold the true mean, in (0, 1).

@@ -34,6 +34,7 @@ class Stats:
         merged_entries: entries that stand for merged tokens alone.
         rejected_share: share of the low-priority modality's heavy hitters that AccKV's
             similarity filter dropped (eq. 17), ``None`` where it did not run.
+        filtered: how many those are, summed over selections.
     """
 
     video_weight: float | None
@@ -43,6 +44,7 @@ class Stats:
     evicted: dict[str, float]
     merged_entries: float
     rejected_share: float | None
+    filtered: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,17 +251,17 @@ def _stats(done: Compacted, layout: Layout) -> Stats:
         for fate in done.kept.fates(modality).tolist()
     )
     selection = done.selection
-    weight = share = None
+    weight, share, filtered = None, None, 0
     if selection.video_weight is not None:
         weight = float(selection.video_weight.mean())
     if selection.filtered is not None and selection.rejected is not None:
-        share = float(selection.rejected.sum() / selection.filtered.sum().clamp(min=1))
+        filtered = int(selection.filtered.sum())
+        share = int(selection.rejected.sum()) / max(1, filtered)
     entries = 0.0
     if done.kept.merged is not None:
         entries = float(done.kept.merged.valid.float().sum(1).mean())
-    return Stats(
-        weight, None if weight is None else 1 - weight, kept, merged, evicted, entries, share
-    )
+    audio = None if weight is None else 1 - weight
+    return Stats(weight, audio, kept, merged, evicted, entries, share, filtered)
 
 
 def _form(tensor: torch.Tensor) -> str:

@@ -23,7 +23,7 @@ main = typer.Typer(
 
 Task = Literal["tiny-av", "mvbench", "avsd"]
 Runner = Literal["vllm", "hf", "server"]
-_Seed = Annotated[int, typer.Option(help="Another seed, another content.")]
+_Seed = Annotated[int, typer.Option(min=0, help="Another seed, another content.")]
 
 
 @main.command("tiny-model")
@@ -86,7 +86,7 @@ def demo(
         options = {"budget": budget, "tau": tau}
         given = {key: value for key, value in options.items() if value is not None}
         demonstration.run(output, policy, given, seed, port, Console())
-    except (KVPolicyError, ServerError, FileExistsError) as error:
+    except (KVPolicyError, ServerError, OSError) as error:
         raise _failure(error) from None
 
 
@@ -149,10 +149,11 @@ def evaluate(
     given = locals()
     from vllm_acckv.evaluation import command
     from vllm_acckv.evaluation.samples import DatasetError
+    from vllm_acckv.tools.server import ServerError
 
     try:
         report, code = command.run(command.Options(**given), Console(stderr=True))
-    except (KVPolicyError, DatasetError) as error:
+    except (KVPolicyError, DatasetError, ServerError, OSError) as error:
         raise _failure(error) from None
     typer.echo(report)
     if code:
