@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """AccKV+: something of every part of the clip, and of each part what stands out.
 
-A policy of this project, not of the paper; docs/policies.md says how it was found, docs/results.md
-what it is worth. AccKV and SnapKV keep what the text behind the clips attends to. An answer also
-needs what its own later words will look for, which nobody knows yet. So each modality is cut into
-parts, more of them where the text attends more, and the best token of each part stays.
+A policy of this project, not of the paper; docs/policies.md says how it was found, and
+docs/results-quality.md what it is worth. AccKV and SnapKV keep what the text behind the clips
+attends to. An answer also needs what its own later words will look for, which nobody knows yet. So
+each modality is cut into parts, more of them where the text attends more, and the best token of
+each part stays.
 
 What is best is told by attention and by the keys themselves: tokens that others will attend to have
-keys far from those of text. Rows of the clip itself tell as much (docs/results.md), but would cost
-the prefix cache: those of a cached clip are not computed again.
+keys far from those of text. Rows of the clip itself tell as much (docs/results-quality.md), but
+would cost the prefix cache: those of a cached clip are not computed again.
 """
 
 from __future__ import annotations
