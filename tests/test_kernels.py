@@ -250,6 +250,7 @@ def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
         "entries moved in place",
         "compaction by acckv",
         "compaction by acckv, corrected",
+        "compaction by acckv_plus",
         "compaction by snapkv",
         "tables of layers",
     }
