@@ -36,6 +36,7 @@ def main() -> None:
     torch.manual_seed(0)
     query = torch.randn(HEADS, args.tokens, WIDTH, dtype=torch.bfloat16)
     key, value = torch.randn(2, KV_HEADS, args.tokens, WIDTH, dtype=torch.bfloat16)
+    angles = 99 * torch.rand(args.tokens, WIDTH // 2)
     print(f"{args.tokens} tokens, budget {args.budget:g}, {torch.get_num_threads()} threads")
     print("| policy | entries per KV head | ms per layer |\n|---|---|---|")
     for name in BUILT_IN:
@@ -43,7 +44,9 @@ def main() -> None:
         seconds = []
         for _ in range(args.rounds):
             start = time.perf_counter()
-            out = policy.compress(query, key, value, modality, layer=LAYER, num_layers=NUM_LAYERS)
+            out = policy.compress(
+                query, key, value, modality, layer=LAYER, num_layers=NUM_LAYERS, angles=angles
+            )
             seconds.append(time.perf_counter() - start)
         cost = statistics.median(seconds) * 1000
         print(f"| `{name}` | {out.keys.shape[1]} | {cost:.1f} |", flush=True)
