@@ -212,8 +212,9 @@ class KVPolicyConnector(KVConnectorBase_V1, SupportsHMA):
             raise KVPolicyError("Not every worker runs its layers under the KV policy.")
         if self.policy.needs_angles and not self._has_angles:
             raise KVPolicyError(
-                "--kv-policy-config merge_space=pre_rope and tau_mode=absolute_pre_rope need a "
-                "model with half-split rotary embedding and no pruning of multimodal tokens."
+                "Settings that look at keys before rotary embedding (merge_space=pre_rope, "
+                "tau_mode=absolute_pre_rope, distinct of acckv_plus) need a model with half-split "
+                "rotary embedding and no pruning of multimodal tokens."
             )
         logger.info(
             "KV policy %s is active on %d decoder layers (%s).",
