@@ -208,7 +208,6 @@ class Run:
         new = self.state.with_suffix(".new")  # stopped while saving, the old state stands
         torch.save(
             {
-                "settings": asdict(self.settings),
                 "model": model.state_dict(),
                 "optimizers": [one.state_dict() for one in optimizers.all],
                 "step": step,
@@ -222,8 +221,6 @@ class Run:
         if not self.state.exists():
             return None
         state = torch.load(self.state, map_location=self.device, weights_only=True)
-        if state["settings"] != asdict(self.settings):
-            raise SystemExit(f"{self.state} was made with other settings; choose another folder.")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers.all, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

@@ -154,9 +154,8 @@ def _ends(model: Any) -> list[int]:
 
 def _answer(arm: Arm, sample: Sample, text: str, tokens: int, run: Run) -> Answer:
     entries = fmean(layer.length for layer in run.layers) if run.layers else float(tokens)
-    filters = [one for one in run.stats if one.rejected_share is not None]
-    filtered = sum(one.filtered for one in filters)
-    rejected = sum((one.rejected_share or 0) * one.filtered for one in filters)
+    filtered = sum(one.filtered or 0 for one in run.stats)
+    rejected = sum(one.rejected for one in run.stats)
     weights = [one.video_weight for one in run.stats if one.video_weight is not None]
     return Answer(
         sample.id,

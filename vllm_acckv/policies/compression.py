@@ -32,9 +32,9 @@ class Stats:
         merged: dropped tokens that live on inside another entry.
         evicted: tokens that are gone.
         merged_entries: entries that stand for merged tokens alone.
-        rejected_share: share of the low-priority modality's heavy hitters that AccKV's
-            similarity filter dropped (eq. 17), ``None`` where it did not run.
-        filtered: how many those are, summed over selections.
+        filtered: heavy hitters of the low-priority modality that AccKV's similarity filter looked
+            at, summed over selections; ``None`` where it did not run.
+        rejected: those of them that it dropped (eq. 17).
     """
 
     video_weight: float | None
@@ -43,8 +43,13 @@ class Stats:
     merged: dict[str, float]
     evicted: dict[str, float]
     merged_entries: float
-    rejected_share: float | None
-    filtered: int = 0
+    filtered: int | None
+    rejected: int
+
+    @property
+    def rejected_share(self) -> float | None:
+        """Of what the filter looked at, what it dropped; ``None`` where it did not run."""
+        return None if self.filtered is None else self.rejected / max(1, self.filtered)
 
 
 @dataclass(frozen=True)
@@ -251,17 +256,17 @@ def _stats(done: Compacted, layout: Layout) -> Stats:
         for fate in done.kept.fates(modality).tolist()
     )
     selection = done.selection
-    weight, share, filtered = None, None, 0
+    weight, filtered, rejected = None, None, 0
     if selection.video_weight is not None:
         weight = float(selection.video_weight.mean())
     if selection.filtered is not None and selection.rejected is not None:
         filtered = int(selection.filtered.sum())
-        share = int(selection.rejected.sum()) / max(1, filtered)
+        rejected = int(selection.rejected.sum())
     entries = 0.0
     if done.kept.merged is not None:
         entries = float(done.kept.merged.valid.float().sum(1).mean())
     audio = None if weight is None else 1 - weight
-    return Stats(weight, audio, kept, merged, evicted, entries, share, filtered)
+    return Stats(weight, audio, kept, merged, evicted, entries, filtered, rejected)
 
 
 def _form(tensor: torch.Tensor) -> str:
