@@ -45,7 +45,7 @@ class TaggedProcessor(ProcessorMixin):
         self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TAG)
 
     @classmethod
-    def from_pretrained(cls, path: Any, **kwargs: Any) -> TaggedProcessor:  # type: ignore[override]
+    def from_pretrained(cls, path: Any, **kwargs: Any) -> TaggedProcessor:
         """Make the processor of a checkpoint in ``path``."""
         loading = {name: kwargs[name] for name in _LOADING if name in kwargs}
         tokenizer = kwargs.get("tokenizer") or AutoTokenizer.from_pretrained(path, **loading)
@@ -91,7 +91,7 @@ class TaggedProcessor(ProcessorMixin):
                 tagged.append(self.audio_token_id)
         return tagged
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         text: str | None = None,
         videos: Any = None,

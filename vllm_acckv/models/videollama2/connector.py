@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STC connector v35 of VideoLLaMA2.1: patches of frames to tokens (arXiv 2406.07476, section 2.2).
+"""From the towers of VideoLLaMA2.1 to the decoder: STC connector v35 and audio projector.
 
-RegNet stage, strided 3-D convolution, RegNet stage, MLP. RegNet-Y blocks (arXiv 2003.13678) with
-depthwise convolutions, SiLU and layer norms over channels, as the original makes them with timm.
-Modules bear the names of the published checkpoint.
+The connector (arXiv 2406.07476, section 2.2) is a RegNet stage, a strided 3-D convolution, another
+RegNet stage and an MLP.
+
+Its RegNet-Y blocks (arXiv 2003.13678) have depthwise convolutions, SiLU and layer norms over
+channels, as the original makes them with timm. Modules bear the names of the published checkpoint.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
 
 _DEPTH = 4
 _SQUEEZE = 0.25  # of a block's input channels
@@ -101,3 +105,11 @@ class STCConnector(nn.Module):
         x = x.unflatten(0, (clips, steps)).permute(0, 1, 3, 4, 2).flatten(1, 3)
         tokens: torch.Tensor = self.readout(x)
         return tokens
+
+
+def audio_projector(config: VideoLLaMA2Config) -> nn.Sequential:
+    """``mlp2x_gelu``: ``[..., mm_hidden_size_a]`` to ``[..., hidden_size]``."""
+    hidden = config.hidden_size
+    return nn.Sequential(
+        nn.Linear(config.mm_hidden_size_a, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+    )

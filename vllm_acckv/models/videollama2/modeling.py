@@ -14,15 +14,7 @@ from transformers import Qwen2ForCausalLM, Qwen2Model, SiglipVisionModel
 
 from vllm_acckv.models.beats import Beats
 from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
-from vllm_acckv.models.videollama2.connector import STCConnector
-
-
-def audio_projector(config: VideoLLaMA2Config) -> nn.Sequential:
-    """``mlp2x_gelu``: ``[..., mm_hidden_size_a]`` to ``[..., hidden_size]``."""
-    hidden = config.hidden_size
-    return nn.Sequential(
-        nn.Linear(config.mm_hidden_size_a, hidden), nn.GELU(), nn.Linear(hidden, hidden)
-    )
+from vllm_acckv.models.videollama2.connector import STCConnector, audio_projector
 
 
 class VisionTower(nn.Module):
@@ -81,7 +73,7 @@ class Videollama2Qwen2ForCausalLM(Qwen2ForCausalLM):
         self.model = VideoLLaMA2Model(config)
         self.post_init()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
@@ -126,6 +118,6 @@ class Videollama2Qwen2ForCausalLM(Qwen2ForCausalLM):
 def placed(
     tokens: torch.Tensor, embeddings: torch.Tensor, ids: torch.Tensor, placeholder: int
 ) -> torch.Tensor:
-    """``embeddings [b, l, h]`` with ``tokens [n, t, h]`` where ``ids [b, l]`` is ``placeholder``."""
+    """``embeddings [b, l, h]``, with ``tokens [n, t, h]`` where ``ids [b, l]`` say so."""
     where = ids == placeholder
     return embeddings.masked_scatter(where[..., None], tokens.to(embeddings.dtype))
