@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VideoLLaMA2.1-7B-AV in vLLM against the same checkpoint in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny_videollama2
+from tests.conftest import Media, difference
+from tests.engines import TWO_CORES, TWO_STAGES, Ask, Engine, Trace
+from tests.own_models import OwnModel, layouts
+from tests.test_engine_policies import NO_MEMORY, POLICIES
+
+OPTIONS: dict[str, Any] = {
+    "additional_config": {"kv_policy": "acckv"},
+    "limit_mm_per_prompt": {"video": 4, "audio": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_videollama2.build(tmp_path_factory.mktemp("videollama2") / "model")
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Iterator[Engine]:
+    with Engine(checkpoint, **OPTIONS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def own(checkpoint: Path) -> OwnModel:
+    return OwnModel(checkpoint)
+
+
+def with_policy(ask: Ask, policy: str, **options: Any) -> Ask:
+    return Ask(ask.messages, xargs={"kv_policy": policy, "kv_policy_config": options})
+
+
+def assert_like_transformers(
+    trace: Trace, asks: list[Ask], own: OwnModel, *, first_heads: bool = False
+) -> None:
+    """Prompt, tokens, log-probabilities and kept entries of every request.
+
+    Args:
+        first_heads: what was kept is known of rank 0's heads only.
+    """
+    for number, (ask, answer) in enumerate(zip(asks, trace.answers, strict=True)):
+        settings = {"policy": ask.xargs["kv_policy"], **ask.xargs["kv_policy_config"]}
+        prompt, logprobs, layers = own.run_policy(ask, settings, answer.tokens)
+        assert answer.prompt == prompt
+        assert difference(answer, logprobs) < 1e-3, settings
+        assert answer.tokens == logprobs.argmax(-1).tolist(), settings
+        for name, layer in trace.kept.get(f"r{number}", {}).items():
+            expected = layers[int(name.split(".")[-3])]
+            heads = len(layer["tokens"]) if first_heads else len(expected)
+            assert layer["tokens"] == expected[:heads], (settings, name)
+
+
+def test_every_layout(engine: Engine, own: OwnModel, media: Media) -> None:
+    asks = [with_policy(ask, "full") for ask in layouts(media).values()]
+    trace = engine.run(*asks)
+    assert_like_transformers(trace, asks, own)
+    assert len({tuple(answer.tokens) for answer in trace.answers}) == len(asks)
+
+
+@pytest.mark.parametrize("layout", ["clip with sound", "two clips, one mute"])
+def test_every_policy(engine: Engine, own: OwnModel, media: Media, layout: str) -> None:
+    ask = layouts(media)[layout]
+    asks = [
+        with_policy(ask, name, **{"budget": 0.3, **options}) for name, options in POLICIES.values()
+    ]
+    trace = engine.run(*asks)
+    assert_like_transformers(trace, asks, own)
+    freed = [min(one["freed_blocks"] for one in layers.values()) for layers in trace.kept.values()]
+    assert all(freed)
+    assert len(freed) >= len(POLICIES) - len(NO_MEMORY)
+    assert trace.free_before == trace.free_after
+
+
+@pytest.mark.parametrize("scope", ["av", "total"])
+@pytest.mark.parametrize("budget", [0.2, 0.1, 160, 120])
+def test_budgets_of_the_paper(
+    engine: Engine, own: OwnModel, media: Media, budget: float, scope: str
+) -> None:
+    """Shares, and numbers of tokens: of the audio-video tokens, and of the whole cache."""
+    ask = layouts(media)["two clips"]
+    asks = [
+        with_policy(ask, policy, budget=budget, budget_scope=scope)
+        for policy in ("acckv", "h2o", "snapkv", "lookm")
+    ]
+    trace = engine.run(*asks)
+    assert_like_transformers(trace, asks, own)
+    assert len(trace.kept) == len(asks)
+
+
+def test_chunks(checkpoint: Path, own: OwnModel, media: Media) -> None:
+    """Prompts in chunks of 64 tokens, which split every clip and every sound."""
+    asks = [
+        with_policy(ask, policy, budget=0.3)
+        for ask in (layouts(media)["clip with sound"], layouts(media)["two clips"])
+        for policy in ("full", "acckv", "h2o")
+    ]
+    with Engine(checkpoint, max_num_batched_tokens=64, **OPTIONS) as chunked:
+        trace = chunked.run(*asks)
+    assert_like_transformers(trace, asks, own)
+
+
+@pytest.mark.parametrize("ranks", ["tensor", "pipeline"])
+def test_two_ranks(checkpoint: Path, own: OwnModel, media: Media, ranks: str) -> None:
+    asks = [
+        with_policy(ask, policy, budget=0.3)
+        for ask in (layouts(media)["clip with sound"], layouts(media)["clip and recording"])
+        for policy in ("full", "acckv", "snapkv")
+    ]
+    how = {"tensor_parallel_size": 2} if ranks == "tensor" else TWO_STAGES
+    with Engine(checkpoint, TWO_CORES, **OPTIONS, **how) as engine:
+        trace = engine.run(*asks)
+    assert_like_transformers(trace, asks, own, first_heads=True)
