@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from io import BytesIO
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from vllm import envs
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalDataDict, MultiModalInput
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.media.audio import load_audio_pyav
@@ -186,6 +188,44 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
             else:
                 sounds.append(nothing)
         return sounds
+
+
+def load_weights(
+    model: Any, weights: Iterable[tuple[str, torch.Tensor]], mapper: WeightsMapper
+) -> set[str]:
+    """Load a checkpoint into ``model``; names of what was loaded.
+
+    vLLM notices a parameter that nothing was loaded into, but not one of a linear layer, nor that
+    one of the matrices is missing that it stacks in one parameter.
+
+    Raises:
+        ValueError: naming what the checkpoint lacks, if the model is not quantized.
+    """
+    seen: set[str | None] = set()
+
+    def noted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            seen.add(mapper.map_name(name))
+            yield name, tensor
+
+    loaded = AutoWeightsLoader(model).load_weights(noted(), mapper=mapper)
+    if model.quant_config is None:
+        expected = {
+            name
+            for parameter, _ in model.named_parameters()
+            for name in _unstacked(parameter, model.packed_modules_mapping)
+        }
+        if missing := sorted(expected - seen):
+            raise ValueError(f"The checkpoint lacks weights of {', '.join(missing)}.")
+    return loaded
+
+
+def _unstacked(parameter: str, stacked: Mapping[str, list[str]]) -> list[str]:
+    """Names of the matrices that a parameter holds."""
+    for whole, parts in stacked.items():
+        if f".{whole}." in parameter:
+            return [parameter.replace(f".{whole}.", f".{part}.") for part in parts]
+    return [parameter]
 
 
 def has_track(file: bytes) -> bool:

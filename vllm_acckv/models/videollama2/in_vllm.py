@@ -19,7 +19,6 @@ from vllm.model_executor.models.interfaces import (
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.siglip import SiglipVisionModel
 from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
     WeightsMapper,
     init_vllm_registered_model,
     maybe_prefix,
@@ -36,6 +35,7 @@ from vllm_acckv.models.in_vllm import (
     TaggedDummyInputs,
     TaggedMultiModalProcessor,
     TaggedProcessingInfo,
+    load_weights,
 )
 from vllm_acckv.models.processing import AUDIO_TAG, VIDEO_TAG
 from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
@@ -146,7 +146,7 @@ class VideoLLaMA2ForConditionalGeneration(nn.Module, SupportsMultiModal, Support
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: VideoLLaMA2Config = vllm_config.model_config.hf_config
-        self.config = config
+        self.config, self.quant_config = config, vllm_config.quant_config
         self.configure_mm_token_handling(  # type: ignore[operator]
             config.vocab_size, [config.video_token_id, config.audio_token_id]
         )
@@ -218,7 +218,7 @@ class VideoLLaMA2ForConditionalGeneration(nn.Module, SupportsMultiModal, Support
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        return load_weights(self, weights, self.hf_to_vllm_mapper)
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(
