@@ -32,14 +32,23 @@ class Lora:
 
 @pytest.fixture(scope="module")
 def lora(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lora:
-    """A random adapter of the projections around attention."""
-    adapter, merged = (tmp_path_factory.mktemp("lora") / name for name in ("adapter", "merged"))
+    adapter, merged = write_lora(checkpoint, tmp_path_factory.mktemp("lora"), "thinker.model.")
+    return Lora(adapter, Reference(merged))
+
+
+def write_lora(checkpoint: Path, folder: Path, decoder: str) -> tuple[Path, Path]:
+    """A random adapter of the projections around attention, and the checkpoint with it merged.
+
+    Args:
+        decoder: what the names of the decoder's weights begin with.
+    """
+    adapter, merged = folder / "adapter", folder / "merged"
     adapter.mkdir()
     shutil.copytree(checkpoint, merged)
     weights, tensors = load_file(checkpoint / "model.safetensors"), {}
     generator = torch.Generator().manual_seed(0)
     for name in sorted(weights):
-        if re.fullmatch(r"thinker\.model\.layers\..*\.[qkvo]_proj\.weight", name):
+        if re.fullmatch(rf"{re.escape(decoder)}layers\..*\.[qkvo]_proj\.weight", name):
             rows, columns = weights[name].shape
             down = torch.randn(RANK, columns, generator=generator) / columns**0.5
             up = 0.1 * torch.randn(rows, RANK, generator=generator)
@@ -56,7 +65,7 @@ def lora(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Lora:
     }
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
-    return Lora(adapter, Reference(merged))
+    return adapter, merged
 
 
 @pytest.fixture

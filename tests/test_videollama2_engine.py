@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from tests import tiny_videollama2
 from tests.conftest import Media, difference
-from tests.engines import TWO_CORES, TWO_STAGES, Ask, Engine, Trace
+from tests.engines import RUNNER_V2, TWO_CORES, TWO_STAGES, Ask, Engine, Trace
 from tests.own_models import OwnModel, layouts
+from tests.test_engine_lora import write_lora
 from tests.test_engine_policies import NO_MEMORY, POLICIES
 
 OPTIONS: dict[str, Any] = {
@@ -98,15 +100,50 @@ def test_budgets_of_the_paper(
     assert len(trace.kept) == len(asks)
 
 
-def test_chunks(checkpoint: Path, own: OwnModel, media: Media) -> None:
-    """Prompts in chunks of 64 tokens, which split every clip and every sound."""
+@pytest.fixture(scope="module")
+def busy(checkpoint: Path) -> Iterator[Engine]:
+    """Prompts in chunks of 64 tokens, which split every clip and sound; prefix caching; LoRA."""
+    options = {"max_num_batched_tokens": 64, "enable_prefix_caching": True}
+    lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}  # 2: see test_engine_lora
+    with Engine(checkpoint, **OPTIONS, **options, **lora) as engine:
+        yield engine
+
+
+def test_chunks_and_prefix_cache(busy: Engine, own: OwnModel, media: Media) -> None:
+    """The second question about a clip finds it in the cache."""
     asks = [
         with_policy(ask, policy, budget=0.3)
         for ask in (layouts(media)["clip with sound"], layouts(media)["two clips"])
+        for policy in ("full", "acckv", "acckv_plus")
+    ]
+    assert_like_transformers(busy.run(*asks), asks, own)
+    again = busy.run(*asks)
+    assert_like_transformers(again, asks, own)
+    assert all(answer.cached > 150 for answer in again.answers)
+
+
+def test_lora_on_the_decoder(
+    busy: Engine, own: OwnModel, checkpoint: Path, media: Media, tmp_path: Path
+) -> None:
+    adapter, merged = write_lora(checkpoint, tmp_path, "model.")
+    ask = with_policy(layouts(media)["clip with sound"], "acckv", budget=0.3)
+    adapted = busy.run(replace(ask, lora=adapter))
+    assert_like_transformers(adapted, [ask], OwnModel(merged))
+    bare = busy.run(ask)
+    assert_like_transformers(bare, [ask], own)
+    assert adapted.answers[0].tokens != bare.answers[0].tokens
+
+
+def test_model_runner_v2(checkpoint: Path, own: OwnModel, media: Media) -> None:
+    """vLLM's default on CUDA, with Triton interpreted here."""
+    asks = [
+        with_policy(layouts(media)[layout], policy, budget=0.3)
+        for layout in ("clip with sound", "two clips, one mute")
         for policy in ("full", "acckv", "h2o")
     ]
-    with Engine(checkpoint, max_num_batched_tokens=64, **OPTIONS) as chunked:
-        trace = chunked.run(*asks)
+    with Engine(checkpoint, RUNNER_V2, **OPTIONS) as engine:
+        trace = engine.run(*asks)
+        assert any("worker.gpu." in module for module in engine.call("runner"))
     assert_like_transformers(trace, asks, own)
 
 
