@@ -270,6 +270,9 @@ def num_layers(checkpoint: str) -> int:
     cpu_media.fix()  # in front of the first import of transformers
     from transformers import AutoConfig
 
+    from vllm_acckv.models import register_processors
+
+    register_processors()
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
@@ -293,6 +296,7 @@ def questions(options: Options, console: Console) -> Dataset:
         DatasetError: for files that are missing or malformed.
     """
     from vllm_acckv.evaluation import avsd, media, mvbench, tiny_av
+    from vllm_acckv.models import hears_clips
 
     folder = options.output / "clips"
     if options.task == "tiny-av":
@@ -310,13 +314,11 @@ def questions(options: Options, console: Console) -> Dataset:
         )
     if data.skipped:
         console.print(f"{data.skipped} questions are left out because their video is missing.")
-    samples = tuple(
-        media.own_sound(media.cut(sample, folder), folder)
-        for sample in track(
-            spread(data.samples, options.questions, options.seed), "clips", console=console
-        )
-    )
-    return Dataset(samples, data.skipped)
+    chosen = spread(data.samples, options.questions, options.seed)
+    samples = [media.cut(sample, folder) for sample in track(chosen, "clips", console=console)]
+    if options.model is None or not hears_clips(options.model):
+        samples = [media.own_sound(sample, folder) for sample in samples]
+    return Dataset(tuple(samples), data.skipped)
 
 
 def spread(samples: Sequence[Sample], number: int, seed: int) -> list[Sample]:

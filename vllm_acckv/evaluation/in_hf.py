@@ -38,6 +38,10 @@ class InHF:
         """
         from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
+        from vllm_acckv.models import register_with_transformers
+        from vllm_acckv.models.processing import TaggedProcessor
+
+        register_with_transformers()
         try:
             config = AutoConfig.from_pretrained(model)
             # Of models that speak, the part that understands and writes.
@@ -51,6 +55,7 @@ class InHF:
             raise KVPolicyError(f"{model} cannot be loaded by transformers: {first}") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = loaded.to(device).eval()
+        self.hears_clips = isinstance(self.processor, TaggedProcessor)
         self.max_tokens, self.block_size = max_tokens, block_size
         self.ends = _ends(self.model)
         self._clip = lru_cache(_CLIPS)(self._read)
@@ -73,9 +78,11 @@ class InHF:
     def prepare(self, sample: Sample) -> dict[str, Any]:
         """Inputs of the model: ids ``[1, P]``, pictures and sound."""
         pictures, metadata, sound = self._clip(sample.video, sample.audio)
+        # Some models look at the sound of a clip in another way than at a recording.
+        of_clip = sound is not None and sample.audio is None and self.hears_clips
         content = [
             *([] if pictures is None else [{"type": "video"}]),
-            *([] if sound is None else [{"type": "audio"}]),
+            *([] if sound is None or of_clip else [{"type": "audio"}]),
             {"type": "text", "text": sample.question},
         ]
         text = self.processor.apply_chat_template(
@@ -87,6 +94,8 @@ class InHF:
             given |= {"do_sample_frames": True, "fps": _FPS}
         if sound is not None:
             given["audio"] = [sound]
+        if of_clip:
+            given["use_audio_in_video"] = True
         inputs = self.processor(**given).to(self.model.device)
         cast = self.model.dtype
         return {
@@ -105,7 +114,8 @@ class InHF:
             pictures = torch.from_numpy(shown).movedim(-1, 1)
         source = audio or video
         if source is not None:
-            sound = media.sound(source, self.processor.feature_extractor.sampling_rate)
+            hears = self.processor if self.hears_clips else self.processor.feature_extractor
+            sound = media.sound(source, hears.sampling_rate)
         return pictures, metadata, sound if sound is not None and len(sound) else None
 
     @torch.inference_mode()
