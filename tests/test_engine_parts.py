@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -49,6 +50,26 @@ def test_a_changed_function_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(compat.IncompatibleVLLMError, match=message):
             compat.wrap("changed", lambda original: original)
     assert module.function(1, 2) is None
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def test_sound_in_front_of_pictures_is_merged_by_modality(
+    monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """A chunk that begins with a clip's sound and ends with its pictures, in either Qwen-Omni."""
+    from vllm_acckv.engine import runners
+
+    module = importlib.import_module(f"vllm.model_executor.models.{model}")
+    for name in ("", " in Qwen3-Omni"):  # undone when the test is over
+        owner, original = compat.find(f"check_interleaved_audio_video{name}")
+        monkeypatch.setattr(owner, "check_interleaved_audio_video", original)
+    monkeypatch.setattr(compat, "_wrapped", set())
+    monkeypatch.setattr(runners, "current_worker", lambda: object())
+    is_audio = torch.arange(24) < 16
+    assert not module.check_interleaved_audio_video(~is_audio, is_audio, 8, 16)
+    runners.fix_audio_in_video()
+    assert module.check_interleaved_audio_video(~is_audio, is_audio, 8, 16)
+    assert not module.check_interleaved_audio_video(~is_audio, is_audio, 0, 16)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])
@@ -104,7 +125,8 @@ def parsed() -> tuple[list[str], str]:
 
 
 def test_plugin_imports_nothing_heavy(parsed: tuple[list[str], str]) -> None:
-    """Without a policy, of this package only the modules that know the flags are loaded."""
+    """Without a policy, of this package only what knows the flags and the models' configurations
+    is loaded; neither models nor processors are."""
     assert parsed[0] == [
         "vllm_acckv",
         "vllm_acckv.config",
@@ -113,6 +135,10 @@ def test_plugin_imports_nothing_heavy(parsed: tuple[list[str], str]) -> None:
         "vllm_acckv.engine.compat",
         "vllm_acckv.engine.flags",
         "vllm_acckv.engine.plugin",
+        "vllm_acckv.models",
+        "vllm_acckv.models.beats",
+        "vllm_acckv.models.videollama2",
+        "vllm_acckv.models.videollama2.config",
         "vllm_acckv.policies",
     ]
 

@@ -54,7 +54,7 @@ def test_model_hook_finds_sound_inside_a_video_feature() -> None:
         prompt_token_ids=[0] + [7, 7, 9, 9] * 10 + [0] * 9,
         sampling_params=None,
     )
-    hf_config = SimpleNamespace(model_type="mimo_v2_omni", audio_token_id=9)
+    hf_config = SimpleNamespace(model_type="mimo_v2", processor_config={"audio_token_id": 9})
     policy = make_policy("acckv")
     plan = plan_request(request, policy, 4, 2, hf_config)
     assert np.bincount(plan.layout.modalities).tolist() == [10, 20, 20]

@@ -96,17 +96,18 @@ SpanHook = Callable[[Modalities, Sequence[int], Any], Modalities]
 
 
 def audio_pads_inside_video(modalities: Modalities, token_ids: Sequence[int], config: Any) -> Any:
-    """Span hook for models that report a clip with sound as one ``video`` feature.
+    """Span hook for MiMo-V2, which reports a clip with sound as one ``video`` feature.
 
     Its audio positions are those that carry the audio placeholder token.
     """
+    audio = config.processor_config["audio_token_id"]
     relabelled = modalities.copy()
-    relabelled[(modalities == VIDEO) & (np.asarray(token_ids) == config.audio_token_id)] = AUDIO
+    relabelled[(modalities == VIDEO) & (np.asarray(token_ids) == audio)] = AUDIO
     return relabelled
 
 
 # Exceptions by Hugging Face ``model_type``; a model whose features already say it all needs none.
-SPAN_HOOKS: dict[str, SpanHook] = {"mimo_v2_omni": audio_pads_inside_video}
+SPAN_HOOKS: dict[str, SpanHook] = {"mimo_v2": audio_pads_inside_video}
 
 
 def token_modalities(

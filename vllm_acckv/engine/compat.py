@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_acckv import __version__
@@ -42,13 +42,18 @@ class TouchPoint:
     reason: str
     removal: str
 
+    @property
+    def function(self) -> str:
+        """Its name alone."""
+        return self.target.rpartition(":")[2].rpartition(".")[2]
+
 
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _STABLE = "vLLM declaring the interface of block managers and of the block pool stable"
 
 TOUCH_POINTS = {
-    point.target.rpartition(":")[2].rpartition(".")[2]: point
+    point.function: point
     for point in (
         TouchPoint(
             "vllm.engine.arg_utils:EngineArgs.add_cli_args",
@@ -263,6 +268,11 @@ TOUCH_POINTS = {
         ),
     )
 }
+# Imported there by its name, so that wrapping the original does not reach it.
+TOUCH_POINTS["check_interleaved_audio_video in Qwen3-Omni"] = replace(
+    TOUCH_POINTS["check_interleaved_audio_video"],
+    target="vllm.model_executor.models.qwen3_omni_moe_thinker:check_interleaved_audio_video",
+)
 
 
 def check_version() -> None:
@@ -330,7 +340,7 @@ def wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
     wrapper: Any = functools.wraps(original)(make(original))
     if isinstance(stored, (classmethod, staticmethod)):
         wrapper = type(stored)(wrapper)
-    setattr(owner, name, wrapper)
+    setattr(owner, TOUCH_POINTS[name].function, wrapper)
     _wrapped.add(name)
 
 

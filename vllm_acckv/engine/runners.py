@@ -28,9 +28,11 @@ def install(use_v2_model_runner: bool) -> None:
 
 
 def fix_audio_in_video() -> None:
-    """Wrap the embedding merge of Qwen2.5-Omni if that model is in use."""
-    if "vllm.model_executor.models.qwen2_5_omni_thinker" in sys.modules:
-        compat.wrap("check_interleaved_audio_video", _with_sound_first)
+    """Wrap the embedding merge of Qwen2.5-Omni and Qwen3-Omni if they are in use."""
+    for name in ("", " in Qwen3-Omni"):
+        name = f"check_interleaved_audio_video{name}"
+        if compat.TOUCH_POINTS[name].target.partition(":")[0] in sys.modules:
+            compat.wrap(name, _with_sound_first)
 
 
 def _with_sound_first(original: Callable[..., Any]) -> Callable[..., Any]:

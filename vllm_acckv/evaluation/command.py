@@ -270,9 +270,9 @@ def num_layers(checkpoint: str) -> int:
     cpu_media.fix()  # in front of the first import of transformers
     from transformers import AutoConfig
 
-    from vllm_acckv.models import register_processors
+    from vllm_acckv.models import register_configs
 
-    register_processors()
+    register_configs()
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 """The audio-video models of the AccKV paper, which neither transformers nor vLLM carries.
 
 Each is a package of its own: ``config``, ``processing`` and ``modeling`` are for transformers and
-import nothing from vLLM; ``in_vllm`` is the same model for vLLM.
+import nothing from vLLM; ``in_vllm`` is the same model for vLLM. All functions here are idempotent.
 """
 
 from __future__ import annotations
@@ -10,8 +10,22 @@ from __future__ import annotations
 MODEL_TYPES = ("videollama2_qwen2", "avicuna")
 
 
+def register_with_vllm() -> None:
+    """Make vLLM know the models, in every process that loads general plugins.
+
+    Code of models and processors is imported when they are made, not here.
+    """
+    from vllm import ModelRegistry
+
+    register_configs()
+    ModelRegistry.register_model(
+        "Videollama2Qwen2ForCausalLM",
+        "vllm_acckv.models.videollama2.in_vllm:VideoLLaMA2ForConditionalGeneration",
+    )
+
+
 def register_with_transformers() -> None:
-    """Make transformers' ``Auto`` classes know the models. Idempotent."""
+    """Make all of transformers' ``Auto`` classes know the models."""
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     from vllm_acckv.models.videollama2.modeling import Videollama2Qwen2ForCausalLM
@@ -22,34 +36,29 @@ def register_with_transformers() -> None:
             auto.register(model.config_class, model, exist_ok=True)
 
 
-def register_with_vllm() -> None:
-    """Make vLLM know the models, in every process that loads general plugins. Idempotent.
-
-    Model code is imported when a model is made, not here.
-    """
-    from vllm import ModelRegistry
-
-    register_processors()
-    ModelRegistry.register_model(
-        "Videollama2Qwen2ForCausalLM",
-        "vllm_acckv.models.videollama2.in_vllm:VideoLLaMA2ForConditionalGeneration",
-    )
-
-
 def register_processors() -> None:
-    """``AutoConfig`` and ``AutoProcessor`` alone, without model code. Idempotent."""
-    from transformers import AutoConfig, AutoProcessor
+    """Make ``AutoConfig`` and ``AutoProcessor`` know the models."""
+    from transformers import AutoProcessor
 
-    from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
-    from vllm_acckv.models.videollama2.processing import VideoLLaMA2Processor
+    from vllm_acckv.models.videollama2.processing import VideoLLaMA2Config, VideoLLaMA2Processor
 
+    register_configs()
     for config, processor in ((VideoLLaMA2Config, VideoLLaMA2Processor),):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoProcessor.register(config, processor, exist_ok=True)
 
 
+def register_configs() -> None:
+    """Make ``AutoConfig`` know the models."""
+    from transformers import AutoConfig
+
+    from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
+
+    for config in (VideoLLaMA2Config,):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
 def hears_clips(checkpoint: str) -> bool:
-    """Whether a checkpoint is of one of the models here, which take a clip's sound from its file."""
+    """Whether a checkpoint is of a model here; they take a clip's sound from its file."""
     from transformers import PreTrainedConfig
 
     try:

@@ -32,7 +32,11 @@ from vllm.multimodal.processing import (
     TimingContext,
 )
 
+from vllm_acckv.models import register_processors
 from vllm_acckv.models.processing import AUDIO_TAG, VIDEO_TAG, TaggedProcessor
+
+# vLLM takes chat templates from AutoProcessor.
+register_processors()
 
 _FROM_CLIP = "use_audio_in_video"
 _SILENCE_SECONDS = 30
