@@ -8,6 +8,12 @@ import nothing from vLLM; ``in_vllm`` is the same model for vLLM. All functions 
 from __future__ import annotations
 
 MODEL_TYPES = ("videollama2_qwen2", "avicuna")
+# As config.json names them -> vLLM's class.
+ARCHITECTURES = {
+    "Videollama2Qwen2ForCausalLM": (
+        "vllm_acckv.models.videollama2.in_vllm:VideoLLaMA2ForConditionalGeneration"
+    ),
+}
 
 
 def register_with_vllm() -> None:
@@ -18,10 +24,8 @@ def register_with_vllm() -> None:
     from vllm import ModelRegistry
 
     register_configs()
-    ModelRegistry.register_model(
-        "Videollama2Qwen2ForCausalLM",
-        "vllm_acckv.models.videollama2.in_vllm:VideoLLaMA2ForConditionalGeneration",
-    )
+    for name, implementation in ARCHITECTURES.items():
+        ModelRegistry.register_model(name, implementation)
 
 
 def register_with_transformers() -> None:

@@ -68,9 +68,11 @@ class VideoLLaMA2Config(Qwen2Config):
                     f"{name} is {getattr(self, name)!r}; only {value!r}, as in "
                     "DAMO-NLP-SG/VideoLLaMA2.1-7B-AV, is supported."
                 )
-        if "siglip" not in (self.mm_vision_tower or "siglip"):
+        tower = (self.mm_vision_tower or "").lower()
+        if "clip" in tower and "siglip" not in tower:
             raise ValueError(
-                f"mm_vision_tower is {self.mm_vision_tower!r}; only SigLIP towers are supported."
+                f"mm_vision_tower is {self.mm_vision_tower!r}; only SigLIP towers, as in "
+                "DAMO-NLP-SG/VideoLLaMA2.1-7B-AV, are supported."
             )
 
     @property
