@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import tiny_videollama2
 from tests.conftest import Media
 from tests.engines import Engine
 from vllm_acckv.config import KVPolicyError
@@ -113,6 +115,40 @@ def test_span_hook_recipe() -> None:
         assert plan.layout.modalities.tolist() == expected
     finally:
         SPAN_HOOKS.pop("my_model")
+
+
+def test_model_recipe(tmp_path: Path, media: Media) -> None:
+    """A model of its own, from a request's mp4 to blocks given back."""
+    (tmp_path / "bright_model.py").write_text(recipe("model"))
+    group, entry = re.findall(r'"(.*?)"', recipe("plugin"))
+    metadata = tmp_path / "bright_model-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: bright-model\nVersion: 0.1\n")
+    (metadata / "entry_points.txt").write_text(f"[{group}]\nbright = {entry}\n")
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    tiny_videollama2.train_tokenizer().save_pretrained(checkpoint)
+    decoder = {
+        name: tiny_videollama2.CONFIG[name]
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    named = {"architectures": ["BrightForCausalLM"], "model_type": "bright", "dtype": "float32"}
+    config = {**named, **decoder, **heads, "max_position_embeddings": 8192}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with Engine(
+        checkpoint,
+        {"PYTHONPATH": str(tmp_path)},
+        load_format="dummy",
+        limit_mm_per_prompt={"video": 2, "audio": 2},
+        additional_config={"kv_policy": "acckv"},
+    ) as engine:
+        trace = engine.run(media.ask(media.video()), media.ask(media.video(), media.audio()))
+    for answer, name in zip(trace.answers, ("r0", "r1"), strict=True):
+        tags = [one for one in answer.prompt if one in (448, 449)]
+        assert tags == [448] * 40 + [449] * 40
+        layers = trace.kept[name].values()
+        assert min(layer["freed_blocks"] for layer in layers) > 0
 
 
 def test_every_policy_has_its_row() -> None:
