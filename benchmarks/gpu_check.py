@@ -5,9 +5,9 @@
 
 Needs nothing but vLLM and this checkout: no network, no weights. Kernels run at the shapes of
 Qwen2.5-Omni-7B and of a Vicuna-7B decoder; engines serve the tiny model with each attention
-backend, and must not wait for the device more often than stock vLLM does. Prints a table and ends
-with status 1 if something is wrong. Without a GPU, small kernels run in Triton's interpreter and no
-engine is started.
+backend, and must not wait for the device more often than stock vLLM does; the models of this
+package must answer as transformers does on the CPU. Prints a table and ends with status 1 if
+something is wrong. Without a GPU, small kernels run in Triton's interpreter and no engine is started.
 """
 
 from __future__ import annotations
@@ -98,6 +98,41 @@ def engine_checks(folder: Path) -> Iterator[Check]:
             yield Check(what, backend, more_waits(ours[kind], others[kind]), 0.0)
 
 
+def model_checks(folder: Path, **options: Any) -> Iterator[Check]:
+    """The models of this package in vLLM against transformers on the CPU, fp32."""
+    from tests import tiny_videollama2
+    from tests.engines import Ask, Engine
+    from tests.own_models import OwnModel
+    from vllm_acckv.tools import clips
+
+    folder.mkdir()
+    clip = clips.make_clip(folder / "clip.mp4", seconds=4)
+    content = [
+        {"type": "video_url", "video_url": {"url": clip.as_uri()}},
+        {"type": "text", "text": "What happens in the clip?"},
+    ]
+    settings = [{"policy": policy, "budget": 0.3} for policy in ("full", "acckv", "h2o")]
+    asks = [
+        Ask([{"role": "user", "content": content}], xargs={"kv_policy_config": one})
+        for one in settings
+    ]
+    for name, build in (("VideoLLaMA2", tiny_videollama2.build),):
+        checkpoint = build(folder / name)
+        with Engine(
+            checkpoint,
+            additional_config={"kv_policy": "acckv"},
+            limit_mm_per_prompt={"video": 1, "audio": 1},
+            **options,
+        ) as engine:
+            answers = engine.run(*asks).answers
+        own = OwnModel(checkpoint)
+        for ask, answer, one in zip(asks, answers, settings, strict=True):
+            _, logprobs, _ = own.run_policy(ask, one, answer.tokens)
+            error = float(abs(answer.logprobs - logprobs).max())
+            # cuDNN convolves fp32 in TF32.
+            yield Check(f"{name} equals transformers", str(one["policy"]), error, 0.05)
+
+
 def more_waits(ours: list[list[str]], theirs: list[list[str]]) -> float:
     """By how many a step's waits exceed those of the other engine, on average; says where."""
     one, other = (sum(map(len, steps)) / len(steps) for steps in (ours, theirs))
@@ -133,6 +168,7 @@ def main() -> None:
     if cuda:
         with tempfile.TemporaryDirectory() as folder:
             checks += engine_checks(Path(folder))
+            checks += model_checks(Path(folder) / "models", attention_backend="TRITON_ATTN")
     print(table(machine, checks))
     if arguments.output is not None:
         results = [{**asdict(check), "passed": check.passed} for check in checks]

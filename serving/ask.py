@@ -18,6 +18,12 @@ def main() -> None:
     parser.add_argument("--policy", choices=("acckv", "full"), help="default: the server's")
     parser.add_argument("--budget", type=float)
     parser.add_argument("--tau", type=float)
+    parser.add_argument(
+        "--no-settings",
+        action="store_true",
+        help="do not ask for the clip's sound: for models that take it by themselves, and for "
+        "servers without --trust-request-mm-kwargs",
+    )
     args = parser.parse_args()
     client = OpenAI(base_url=args.url, api_key="none")
     data = base64.b64encode(args.clip.read_bytes()).decode()
@@ -27,7 +33,7 @@ def main() -> None:
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": [clip, {"type": "text", "text": args.question}]}],
         extra_body={
-            "mm_processor_kwargs": {"use_audio_in_video": True},
+            **({} if args.no_settings else {"mm_processor_kwargs": {"use_audio_in_video": True}}),
             "vllm_xargs": {key: value for key, value in own.items() if value is not None},
         },
     )

@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from tests.conftest import BLOCK_SIZE, Media
 from tests.engines import Ask
 from vllm_acckv.config import from_mapping
 from vllm_acckv.evaluation import media as decoding
 from vllm_acckv.hf import kv_policy
 from vllm_acckv.models import register_with_transformers
 from vllm_acckv.models.in_vllm import has_track
+
+if TYPE_CHECKING:
+    from tests.conftest import Media
+
+BLOCK_SIZE = 32
 
 
 def layouts(media: Media) -> dict[str, Ask]:
