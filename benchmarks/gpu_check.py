@@ -7,7 +7,7 @@ Needs nothing but vLLM and this checkout: no network, no weights. Kernels run at
 Qwen2.5-Omni-7B and of a Vicuna-7B decoder; engines serve the tiny model with each attention
 backend, and must not wait for the device more often than stock vLLM does; the models of this
 package must answer as transformers does on the CPU. Prints a table and ends with status 1 if
-something is wrong. Without a GPU, small kernels run in Triton's interpreter and no engine is started.
+something is wrong. Without a GPU, small kernels run in Triton's interpreter, and no engine.
 """
 
 from __future__ import annotations

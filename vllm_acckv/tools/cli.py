@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``vllm-acckv``: a tiny model, clips, a demonstration, and evaluations of any model.
+"""The command ``vllm-acckv``: a tiny model, clips, a demonstration, evaluations, conversions.
 
 Commands import what they need when they run; PyTorch alone would slow down ``--help``.
 """
@@ -158,6 +158,32 @@ def evaluate(
     typer.echo(report)
     if code:
         raise typer.Exit(code)
+
+
+@main.command()
+def convert(
+    model: Annotated[Literal["avicuna"], typer.Argument(help="What the pieces make.")],
+    base: Annotated[Path, typer.Option(help="Folder of lmsys/vicuna-7b-v1.5.")],
+    stage1: Annotated[Path, typer.Option(help="mm_projector.bin")],
+    stage2: Annotated[Path, typer.Option(help="mm_projector_a.bin")],
+    stage3: Annotated[Path, typer.Option(help="Folder of the first LoRA.")],
+    stage4: Annotated[Path, typer.Option(help="Folder of the second LoRA.")],
+    clip: Annotated[Path, typer.Option(help="Folder of openai/clip-vit-large-patch14.")],
+    clap: Annotated[Path, typer.Option(help="Folder of laion/clap-htsat-fused.")],
+    output: Annotated[Path, typer.Option(help="A new folder for the checkpoint.")],
+) -> None:
+    """Make one checkpoint of a model that is published in pieces."""
+    from vllm_acckv import cpu_media
+
+    cpu_media.fix()
+    from vllm_acckv.models.avicuna import convert as avicuna
+
+    try:
+        pieces = avicuna.Pieces(base, stage1, stage2, stage3, stage4, clip, clap)
+        avicuna.convert(pieces, output)
+    except (avicuna.ConversionError, OSError) as error:
+        raise _failure(error) from None
+    typer.echo(output)
 
 
 def _failure(error: Exception) -> typer.Exit:
