@@ -100,7 +100,7 @@ def engine_checks(folder: Path) -> Iterator[Check]:
 
 def model_checks(folder: Path, **options: Any) -> Iterator[Check]:
     """The models of this package in vLLM against transformers on the CPU, fp32."""
-    from tests import tiny_videollama2
+    from tests import tiny_avicuna, tiny_videollama2
     from tests.engines import Ask, Engine
     from tests.own_models import OwnModel
     from vllm_acckv.tools import clips
@@ -116,7 +116,7 @@ def model_checks(folder: Path, **options: Any) -> Iterator[Check]:
         Ask([{"role": "user", "content": content}], xargs={"kv_policy_config": one})
         for one in settings
     ]
-    for name, build in (("VideoLLaMA2", tiny_videollama2.build),):
+    for name, build in (("VideoLLaMA2", tiny_videollama2.build), ("AVicuna", tiny_avicuna.build)):
         checkpoint = build(folder / name)
         with Engine(
             checkpoint,

@@ -136,6 +136,8 @@ def test_plugin_imports_nothing_heavy(parsed: tuple[list[str], str]) -> None:
         "vllm_acckv.engine.flags",
         "vllm_acckv.engine.plugin",
         "vllm_acckv.models",
+        "vllm_acckv.models.avicuna",
+        "vllm_acckv.models.avicuna.config",
         "vllm_acckv.models.beats",
         "vllm_acckv.models.videollama2",
         "vllm_acckv.models.videollama2.config",

@@ -10,6 +10,7 @@ from __future__ import annotations
 MODEL_TYPES = ("videollama2_qwen2", "avicuna")
 # As config.json names them -> vLLM's class.
 ARCHITECTURES = {
+    "AVicunaForCausalLM": "vllm_acckv.models.avicuna.in_vllm:AVicunaForConditionalGeneration",
     "Videollama2Qwen2ForCausalLM": (
         "vllm_acckv.models.videollama2.in_vllm:VideoLLaMA2ForConditionalGeneration"
     ),
@@ -32,10 +33,11 @@ def register_with_transformers() -> None:
     """Make all of transformers' ``Auto`` classes know the models."""
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
+    from vllm_acckv.models.avicuna.modeling import AVicunaForCausalLM
     from vllm_acckv.models.videollama2.modeling import Videollama2Qwen2ForCausalLM
 
     register_processors()
-    for model in (Videollama2Qwen2ForCausalLM,):
+    for model in (AVicunaForCausalLM, Videollama2Qwen2ForCausalLM):
         for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
             auto.register(model.config_class, model, exist_ok=True)
 
@@ -44,10 +46,14 @@ def register_processors() -> None:
     """Make ``AutoConfig`` and ``AutoProcessor`` know the models."""
     from transformers import AutoProcessor
 
+    from vllm_acckv.models.avicuna.processing import AVicunaConfig, AVicunaProcessor
     from vllm_acckv.models.videollama2.processing import VideoLLaMA2Config, VideoLLaMA2Processor
 
     register_configs()
-    for config, processor in ((VideoLLaMA2Config, VideoLLaMA2Processor),):
+    for config, processor in (
+        (AVicunaConfig, AVicunaProcessor),
+        (VideoLLaMA2Config, VideoLLaMA2Processor),
+    ):
         AutoProcessor.register(config, processor, exist_ok=True)
 
 
@@ -55,9 +61,10 @@ def register_configs() -> None:
     """Make ``AutoConfig`` know the models."""
     from transformers import AutoConfig
 
+    from vllm_acckv.models.avicuna.config import AVicunaConfig
     from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
 
-    for config in (VideoLLaMA2Config,):
+    for config in (AVicunaConfig, VideoLLaMA2Config):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 

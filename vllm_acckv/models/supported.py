@@ -79,7 +79,7 @@ MODELS = (
             "test_videollama2_engine.py::test_every_policy",
             "test_videollama2_parts.py::test_every_stage",
             "test_videollama2_published.py::test_vllm_loads_the_published_keys",
-            "test_videollama2_server.py::test_clip_with_sound",
+            "test_own_models_server.py::test_clip_with_sound",
         ),
         (
             "Tested on random weights only: a tiny model, and the published names and shapes.",
@@ -89,6 +89,29 @@ MODELS = (
             "(`image_aspect_ratio` of the file is the training's).",
             "Images are not taken; towers and connector are not split over tensor-parallel ranks, "
             "except for SigLIP.",
+        ),
+    ),
+    Model(
+        "AVicuna",
+        ("AVicunaForCausalLM",),
+        "avicuna",
+        "per clip 25 times one audio token, three video tokens; without sound 100 video tokens",
+        "by itself; `use_audio_in_video: false` switches it off",
+        "runs",
+        _ENGINE,
+        (
+            "test_avicuna_engine.py::test_every_policy",
+            "test_avicuna.py::test_towers_and_projectors",
+            "test_avicuna.py::test_first_logits",
+            "test_avicuna_convert.py::test_merged_like_stacked_adapters",
+            "test_avicuna_published.py::test_full_size",
+            "test_own_models_server.py::test_clip_with_sound",
+        ),
+        (
+            "Tested on random weights only: a tiny model, converted from tiny files of the "
+            "published formats, and the published names and shapes.",
+            "Of a clip's sound the model hears 25 windows of ten seconds, one every four: clips of "
+            "more than 106 s lose the rest, as in the original.",
         ),
     ),
     Model(
@@ -214,6 +237,16 @@ _MORE = (
     "the mp4 alone, and its sound comes with it. `use_audio_in_video` in `mm_processor_kwargs`",
     "(of the server, or of a request under `--trust-request-mm-kwargs`) decides otherwise: `false`",
     "ignores the sound, `true` encodes silence for clips without sound, as the original does.",
+    "",
+    "AVicuna is published in pieces. One command makes a checkpoint of them, which is served the",
+    "same way:",
+    "",
+    "```bash",
+    "vllm-acckv convert avicuna --base vicuna-7b-v1.5 --stage1 mm_projector.bin \\",
+    "    --stage2 mm_projector_a.bin --stage3 avicuna-stage3 --stage4 avicuna-stage4 \\",
+    "    --clip clip-vit-large-patch14 --clap clap-htsat-fused --output AVicuna",
+    "vllm serve AVicuna --kv-policy acckv",
+    "```",
     "",
     "In transformers, for the runner of `vllm_acckv.hf`:",
     "",
