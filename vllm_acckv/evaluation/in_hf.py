@@ -97,6 +97,8 @@ class InHF:
         if of_clip:
             given["use_audio_in_video"] = True
         inputs = self.processor(**given).to(self.model.device)
+        if self.hears_clips:  # parts of these models differ in precision, and cast themselves
+            return dict(inputs)
         cast = self.model.dtype
         return {
             name: value.to(cast) if value.is_floating_point() and value.dim() > 1 else value

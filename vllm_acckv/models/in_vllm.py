@@ -41,11 +41,16 @@ register_processors()
 _FROM_CLIP = "use_audio_in_video"
 _SILENCE_SECONDS = 30
 
+# Float32 [samples], and how many make a second.
+_Sound = tuple[npt.NDArray[np.float32], float]
+
 
 class TaggedProcessingInfo(BaseProcessingInfo):
     """A checkpoint's processor, made from its tokenizer and configuration alone."""
 
     processor_class: ClassVar[type[TaggedProcessor]]
+    # What resamples the sound of clips: FFmpeg, or like recordings soxr.
+    ffmpeg_resamples: ClassVar[bool] = False
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(ctx)
@@ -159,20 +164,17 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
         if all(sound is None for sound in found):
             return items, False, []
         self.info.validate_num_items("audio", sum(sound is not None for sound in found))
-        # Of one rate already, so there is nothing to resample.
         parsed = self.data_parser.parse_mm_data(
             {"audio": [sound for sound in found if sound is not None]}
         )
         has_sound = [sound is not None for sound in found]
         return MultiModalDataItems({**items, **parsed}), True, has_sound
 
-    def _sound_of_clips(
-        self, items: MultiModalDataItems, *, silence: bool
-    ) -> list[npt.NDArray[np.float32] | None]:
-        """Float32 ``[samples]`` of every clip; without track ``None``, or silence if asked for."""
+    def _sound_of_clips(self, items: MultiModalDataItems, *, silence: bool) -> list[_Sound | None]:
+        """Of every clip; without track ``None``, or silence if asked for."""
         rate = self.info.processor.sampling_rate
-        nothing = np.zeros(_SILENCE_SECONDS * rate, np.float32) if silence else None
-        sounds: list[npt.NDArray[np.float32] | None] = []
+        nothing = (np.zeros(_SILENCE_SECONDS * rate, np.float32), rate) if silence else None
+        sounds: list[_Sound | None] = []
         videos = items.get("video")
         for clip in videos.data if isinstance(videos, VideoProcessorItems) else ():
             if clip is None:
@@ -183,7 +185,8 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
             if isinstance(clip, MediaWithBytes) and has_track(clip.original_bytes):
                 limit = envs.VLLM_MAX_AUDIO_DECODE_DURATION_S
                 file = BytesIO(clip.original_bytes)
-                sounds.append(load_audio_pyav(file, sr=rate, max_duration_s=limit)[0])
+                to = rate if self.info.ffmpeg_resamples else None
+                sounds.append(load_audio_pyav(file, sr=to, max_duration_s=limit))
             elif silence and not isinstance(clip, MediaWithBytes):
                 raise ValueError(
                     f"{_FROM_CLIP} needs the clip's file, but the request has pictures only; send "

@@ -111,7 +111,7 @@ MODELS = (
             "Tested on random weights only: a tiny model, converted from tiny files of the "
             "published formats, and the published names and shapes.",
             "Of a clip's sound the model hears 25 windows of ten seconds, one every four: clips of "
-            "more than 106 s lose the rest, as in the original.",
+            "more than 101 s lose the rest, as in the original.",
         ),
     ),
     Model(

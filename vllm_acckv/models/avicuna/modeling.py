@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from vllm_acckv.models.avicuna.config import AVicunaConfig
 from vllm_acckv.models.avicuna.media import Media
+from vllm_acckv.models.placing import placed
 
 
 class AVicunaForCausalLM(LlamaForCausalLM):
@@ -66,21 +67,3 @@ class AVicunaForCausalLM(LlamaForCausalLM):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-
-
-def placed(
-    tokens: list[torch.Tensor], embeddings: torch.Tensor, ids: torch.Tensor, placeholder: int
-) -> torch.Tensor:
-    """``embeddings [b, l, hidden]`` with the tokens, each ``[n, hidden]``, one behind the other
-    where ``ids [b, l]`` is ``placeholder``.
-
-    Raises:
-        ValueError: if there are more or fewer tokens than places.
-    """
-    joined, where = torch.cat(tokens), ids == placeholder
-    if len(joined) != int(where.sum()):
-        raise ValueError(
-            f"input_ids have {int(where.sum())} tokens {placeholder} for media of {len(joined)}; "
-            "take both from one call of the processor."
-        )
-    return embeddings.masked_scatter(where[..., None], joined.to(embeddings.dtype))

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from transformers import BatchFeature
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vllm_acckv.models.avicuna.config import AVicunaConfig
 from vllm_acckv.models.processing import TaggedProcessor, frames_of, listed
@@ -65,13 +66,6 @@ class AVicunaProcessor(TaggedProcessor):
     config: AVicunaConfig
 
     @cached_property
-    def _images(self) -> CLIPImageProcessorPil:
-        side = self.config.clip.image_size
-        return CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        )
-
-    @cached_property
     def _mel_filters(self) -> npt.NDArray[np.float64]:
         """``[513, 64]``."""
         lowest, highest = self.config.mel_range
@@ -92,7 +86,8 @@ class AVicunaProcessor(TaggedProcessor):
         for video in videos:
             frames = frames_of(video)
             frames = frames[np.linspace(0, len(frames) - 1, self.config.num_frames, dtype=int)]
-            clips.append(self._images(images=list(frames), return_tensors="pt")["pixel_values"])
+            side = self.config.clip.image_size
+            clips.append(torch.stack([picture(frame, side) for frame in frames]))
         return {"pixel_values_videos": torch.stack(clips)}
 
     def sounds_to_tensors(
@@ -197,6 +192,22 @@ class AVicunaProcessor(TaggedProcessor):
             ids = self.expand(ids, [int(count) for count in data.get("audio_windows", ())])
             data |= {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
         return BatchFeature(data, tensor_type=return_tensors)
+
+
+def picture(frame: npt.NDArray[np.uint8], side: int) -> torch.Tensor:
+    """The middle of a frame ``[height, width, 3]`` for CLIP, fp32 ``[3, side, side]``.
+
+    Bicubic without antialiasing, as the authors' torchvision 0.13 resized tensors; CLIP's own
+    preparation by PIL gives smoother pictures than the model was trained on.
+    """
+    pixels = torch.from_numpy(frame.copy()).movedim(-1, 0)[None].float() / 255
+    short, long = sorted(frame.shape[:2])
+    size = [side if edge == short else int(side * long / short) for edge in frame.shape[:2]]
+    resized = F.interpolate(pixels, size, mode="bicubic", align_corners=False)[0]
+    top, left = (round((edge - side) / 2) for edge in size)
+    middle = resized[:, top : top + side, left : left + side]
+    mean, std = (torch.tensor(one)[:, None, None] for one in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (middle - mean) / std
 
 
 def sound_windows(waveform: Any) -> npt.NDArray[np.float32]:

@@ -68,6 +68,7 @@ class VideoLLaMA2VideoBackend(VideoBackend):
 class VideoLLaMA2ProcessingInfo(TaggedProcessingInfo):
     processor_class = VideoLLaMA2Processor
     processor: VideoLLaMA2Processor
+    ffmpeg_resamples = True  # as in the original
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         limits = super().get_supported_mm_limits()

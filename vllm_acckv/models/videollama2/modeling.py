@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Qwen2ForCausalLM, Qwen2Model, SiglipVisionModel
 
 from vllm_acckv.models.beats import Beats
+from vllm_acckv.models.placing import placed
 from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
 from vllm_acckv.models.videollama2.connector import STCConnector, audio_projector
 
@@ -103,21 +104,3 @@ class Videollama2Qwen2ForCausalLM(Qwen2ForCausalLM):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-
-    def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            *args, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if not is_first_iteration:  # the cache holds the media
-            inputs |= {"pixel_values_videos": None, "input_features": None}
-        return inputs
-
-
-def placed(
-    tokens: torch.Tensor, embeddings: torch.Tensor, ids: torch.Tensor, placeholder: int
-) -> torch.Tensor:
-    """``embeddings [b, l, h]``, with ``tokens [n, t, h]`` where ``ids [b, l]`` say so."""
-    where = ids == placeholder
-    return embeddings.masked_scatter(where[..., None], tokens.to(embeddings.dtype))
