@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from tests import tiny_videollama2
+from tests.conftest import Media
+from tests.own_models import OwnModel, path_of
 from vllm_acckv.config import KVPolicyError
-from vllm_acckv.evaluation import tiny_av
+from vllm_acckv.evaluation import mvbench, tiny_av
 from vllm_acckv.evaluation.arms import Answer, Arm
+from vllm_acckv.evaluation.command import Options, questions
 from vllm_acckv.evaluation.in_hf import InHF
-from vllm_acckv.evaluation.samples import Sample
+from vllm_acckv.evaluation.samples import Dataset, Sample
 from vllm_acckv.hf import kv_policy
+from vllm_acckv.models import hears_clips
 
 TOKENS = 12
 ARMS = [
@@ -87,3 +93,26 @@ def test_stops_at_an_end(runner: InHF, samples: tuple[Sample, ...], monkeypatch:
 def test_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(KVPolicyError, match="cannot be loaded by transformers"):
         InHF(str(tmp_path), TOKENS)
+
+
+def test_models_of_this_package_hear_clips(
+    checkpoint: Path, media: Media, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sound of a clip is sampled as theirs, and no recording of it is written."""
+    own = tiny_videollama2.build(tmp_path / "model")
+    assert hears_clips(str(own)) and not hears_clips(str(checkpoint)) and not hears_clips("gpt")
+    ask = media.ask(media.video())
+    path = path_of(ask.messages[0]["content"][0])
+    question = "What happens in the clip?"
+    sample = Sample("one", "task", path, None, None, None, question, ("that",))
+    inputs = InHF(str(own), TOKENS).prepare(sample)
+    expected = OwnModel(own).prepare(ask)
+    for name in ("input_ids", "pixel_values_videos", "input_features"):
+        assert torch.equal(inputs[name], expected[name])
+    assert inputs["input_ids"].tolist()[0].count(449) == tiny_videollama2.AUDIO_TOKENS
+
+    monkeypatch.setattr(mvbench, "load", lambda *_, **__: Dataset((sample,)))
+    for model, written in ((own, False), (checkpoint, True)):
+        options = Options(tmp_path / model.name, str(model), "mvbench", Path("MVBench"))
+        (found,) = questions(options, Console(quiet=True)).samples
+        assert (found.audio is not None) == written
