@@ -16,7 +16,8 @@ from vllm_acckv.config import from_mapping
 from vllm_acckv.evaluation import media as decoding
 from vllm_acckv.hf import kv_policy
 from vllm_acckv.models import register_with_transformers
-from vllm_acckv.models.in_vllm import has_track
+from vllm_acckv.models.processing import AUDIO_TAG, VIDEO_TAG
+from vllm_acckv.models.sound import clip_sound
 
 if TYPE_CHECKING:
     from tests.conftest import Media
@@ -58,14 +59,15 @@ class OwnModel:
             text = self.processor.apply_chat_template(
                 ask.messages, add_generation_prompt=True, tokenize=False
             )
-            of_clips = not audio and any(has_track(path.read_bytes()) for path in videos)
-            if of_clips:  # a tag behind each clip that has sound
-                head, *rest = text.split("<video>")
-                tags = ["<audio>" * has_track(path.read_bytes()) for path in videos]
-                text = head + "".join(f"<video>{t}{r}" for t, r in zip(tags, rest, strict=True))
-                audio = [path for path in videos if has_track(path.read_bytes())]
             rate = self.processor.sampling_rate
+            own = [clip_sound(path, rate) if not audio else None for path in videos]
+            of_clips = any(sound is not None for sound in own)
             sounds = [decoding.sound(path, rate) for path in audio]
+            if of_clips:  # a tag behind each clip that has sound
+                head, *rest = text.split(VIDEO_TAG)
+                tags = [VIDEO_TAG + AUDIO_TAG * (sound is not None) for sound in own]
+                text = head + "".join(tag + part for tag, part in zip(tags, rest, strict=True))
+                sounds = [sound for sound in own if sound is not None]
             tensors = self.processor.audio_to_tensors(sounds, of_video=of_clips) if sounds else {}
             inputs = self.processor(text=None, videos=[decoding.frames(path)[0] for path in videos])
             ids = self.processor.expand(self.processor.tokenizer(text)["input_ids"])

@@ -111,18 +111,23 @@ def test_no_windows(waveform: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("tags", "clips", "seconds", "expected"),
     [
-        ("<video><audio>", 1, [13], CLIP_WITH_SOUND),
-        ("<video><audio>", 1, [1], CLIP_WITH_SOUND),
-        ("<video><audio>", 1, [120], CLIP_WITH_SOUND),
-        ("<video>", 1, [], "V" * 100),
-        ("<audio>", 0, [13], "AAA"),
-        ("<audio>", 0, [120], "A" * 28),
-        ("<video><audio> and <video><audio>", 2, [13, 30], f"{CLIP_WITH_SOUND} {CLIP_WITH_SOUND}"),
-        ("<video><audio><video>", 2, [13], CLIP_WITH_SOUND + "V" * 100),
-        ("<video><video><audio>", 2, [13], "V" * 100 + CLIP_WITH_SOUND),
-        ("<video> and <audio>", 1, [30], "V" * 100 + " " + "A" * 6),
-        ("<audio><video>", 1, [13], "AAA" + "V" * 100),
-        ("<audio><audio>", 0, [13, 1], "AAAA"),
+        ("<|video|><|audio|>", 1, [13], CLIP_WITH_SOUND),
+        ("<|video|><|audio|>", 1, [1], CLIP_WITH_SOUND),
+        ("<|video|><|audio|>", 1, [120], CLIP_WITH_SOUND),
+        ("<|video|>", 1, [], "V" * 100),
+        ("<|audio|>", 0, [13], "AAA"),
+        ("<|audio|>", 0, [120], "A" * 28),
+        (
+            "<|video|><|audio|> and <|video|><|audio|>",
+            2,
+            [13, 30],
+            f"{CLIP_WITH_SOUND} {CLIP_WITH_SOUND}",
+        ),
+        ("<|video|><|audio|><|video|>", 2, [13], CLIP_WITH_SOUND + "V" * 100),
+        ("<|video|><|video|><|audio|>", 2, [13], "V" * 100 + CLIP_WITH_SOUND),
+        ("<|video|> and <|audio|>", 1, [30], "V" * 100 + " " + "A" * 6),
+        ("<|audio|><|video|>", 1, [13], "AAA" + "V" * 100),
+        ("<|audio|><|audio|>", 0, [13, 1], "AAAA"),
     ],
 )
 def test_layouts(
@@ -144,15 +149,18 @@ def test_layouts(
 def test_sound_of_clips_without_tags(processor: AVicunaProcessor) -> None:
     """transformers' ``use_audio_in_video``."""
     media = {"videos": [frames()], "audio": [sound()]}
-    one = processor(text=PROMPT.format("<video>"), use_audio_in_video=True, **media)
-    other = processor(text=PROMPT.format("<video><audio>"), **media)
+    one = processor(text=PROMPT.format("<|video|>"), use_audio_in_video=True, **media)
+    other = processor(text=PROMPT.format("<|video|><|audio|>"), **media)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(
     ("tags", "videos", "message"),
-    [("<video>", 2, "1 <video> tags for 2"), ("<video><audio>", 1, "1 <audio> tags for 0")],
+    [
+        ("<|video|>", 2, "1 <|video|> tags for 2"),
+        ("<|video|><|audio|>", 1, "1 <|audio|> tags for 0"),
+    ],
 )
 def test_tags_without_media(
     processor: AVicunaProcessor, tags: str, videos: int, message: str
@@ -162,14 +170,14 @@ def test_tags_without_media(
 
 
 def test_prompt_of_other_media(processor: AVicunaProcessor, model: AVicunaForCausalLM) -> None:
-    inputs = processor(text=PROMPT.format("<video>"), videos=[frames()])
+    inputs = processor(text=PROMPT.format("<|video|>"), videos=[frames()])
     first = inputs["input_ids"][0].tolist().index(VIDEO_TOKEN)
     with pytest.raises(ValueError, match="99 tokens 448 for media of 100"):
         model(**{**inputs, "input_ids": inputs["input_ids"][:, first + 1 :]})
 
 
 def test_chat(processor: AVicunaProcessor) -> None:
-    """vicuna_v1 of the original's conversation.py, and of inference.py "<video>\\n " + query."""
+    """vicuna_v1 of the original's conversation.py, and of inference.py "<|video|>\\n " + query."""
 
     def said(role: str, *parts: str) -> dict[str, Any]:
         content = [
@@ -185,12 +193,12 @@ def test_chat(processor: AVicunaProcessor) -> None:
     ]
     chat = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert chat == (
-        f"<s>{SYSTEM} USER: <video><audio>\n What happens? ASSISTANT: A cat barks.</s>"
+        f"<s>{SYSTEM} USER: <|video|><|audio|>\n What happens? ASSISTANT: A cat barks.</s>"
         "USER: When? ASSISTANT:"
     )
     other = [{"role": "system", "content": "Be brief."}, said("user", "audio", "Who?")]
     chat = processor.apply_chat_template(other, add_generation_prompt=False, tokenize=False)
-    assert chat == "<s>Be brief. USER: <audio>\n Who? "
+    assert chat == "<s>Be brief. USER: <|audio|>\n Who? "
 
 
 def test_text_around_tags_is_tokenized_apart(folder: Path, processor: AVicunaProcessor) -> None:
@@ -199,7 +207,7 @@ def test_text_around_tags_is_tokenized_apart(folder: Path, processor: AVicunaPro
     head, tail = PROMPT.split("{}")
     expected = [1, *pieces.encode(head), *[VIDEO_TOKEN] * 100, *pieces.encode(tail)]
     for start in ("", "<s>"):
-        text = start + PROMPT.format("<video>")
+        text = start + PROMPT.format("<|video|>")
         inputs = processor(text=text, videos=[frames()])
         assert inputs["input_ids"][0].tolist() == expected
         assert inputs["attention_mask"].tolist() == [[1] * len(expected)]
@@ -304,7 +312,7 @@ def test_clip_without_sound(processor: AVicunaProcessor, model: AVicunaForCausal
 
 def test_nothing_is_random(processor: AVicunaProcessor, model: AVicunaForCausalLM) -> None:
     """transformers' extractor takes a random window for one longer than ten seconds."""
-    text, media = PROMPT.format("<video><audio>"), {"videos": [frames()], "audio": [sound(50)]}
+    text, media = PROMPT.format("<|video|><|audio|>"), {"videos": [frames()], "audio": [sound(50)]}
     logits = []
     for seed in range(3):
         np.random.seed(seed)
@@ -318,7 +326,7 @@ def test_nothing_is_random(processor: AVicunaProcessor, model: AVicunaForCausalL
 @torch.inference_mode()
 def test_first_logits(folder: Path, processor: AVicunaProcessor, model: AVicunaForCausalLM) -> None:
     """From the files' tensors alone, without transformers' Llama or this package's classes."""
-    inputs = processor(text=PROMPT.format("<video><audio>"), videos=[frames()], audio=[sound()])
+    inputs = processor(text=PROMPT.format("<|video|><|audio|>"), videos=[frames()], audio=[sound()])
     weights: dict[str, torch.Tensor] = {}
     for file in (folder / "model").glob("*.safetensors"):
         weights |= {name: weight.double() for name, weight in load_file(file).items()}
@@ -377,7 +385,7 @@ def llama(weights: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def test_policies(processor: AVicunaProcessor, model: AVicunaForCausalLM) -> None:
     """``generate`` under a policy, which tells modalities by the configuration's token ids."""
-    text = PROMPT.format("<video><audio>")
+    text = PROMPT.format("<|video|><|audio|>")
     inputs = processor(text=text, videos=[frames()], audio=[sound()])
     greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     full = model.generate(**inputs, **greedy)

@@ -134,11 +134,11 @@ def test_tags(published: Pieces, tmp_path: Path) -> None:
     convert(published, tmp_path / "out")
     config = AVicunaConfig.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    tags = tokenizer.convert_tokens_to_ids(["<video>", "<audio>"])
+    tags = tokenizer.convert_tokens_to_ids(["<|video|>", "<|audio|>"])
     assert tags == [config.video_token_id, config.audio_token_id] == [VOCABULARY, VOCABULARY + 1]
     # Whoever reads this file alone splits text around tags alike.
     alone = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    assert alone.encode("a <video>\n b").ids == tokenizer("a <video>\n b")["input_ids"]
+    assert alone.encode("a <|video|>\n b").ids == tokenizer("a <|video|>\n b")["input_ids"]
     found = weights_of(tmp_path / "out")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         rows = found[name]

@@ -22,7 +22,8 @@ from tests.own_models import OwnModel, layouts, path_of
 from tests.test_engine_policies import NO_MEMORY, POLICIES
 from tests.tiny_avicuna import AUDIO_TOKEN, VIDEO_TOKEN
 from vllm_acckv.evaluation import media as decoding
-from vllm_acckv.models.in_vllm import has_track
+from vllm_acckv.models.processing import AUDIO_TAG, VIDEO_TAG
+from vllm_acckv.models.sound import clip_sound
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, token_modalities
 from vllm_acckv.tools import clips
 
@@ -45,14 +46,17 @@ class AVicuna(OwnModel):
             text = self.processor.apply_chat_template(
                 ask.messages, add_generation_prompt=True, tokenize=False
             )
+            rate = self.processor.sampling_rate
+            sounds = [decoding.sound(path, rate) for path in audio]
             if not audio:
-                audio = [path for path in videos if has_track(path.read_bytes())]
-                tags = iter([path in audio for path in videos])
-                text = re.sub("<video>", lambda _: "<video>" + "<audio>" * next(tags), text)
+                own = [clip_sound(path, rate) for path in videos]
+                tags = iter(VIDEO_TAG + AUDIO_TAG * (sound is not None) for sound in own)
+                text = re.sub(re.escape(VIDEO_TAG), lambda _: next(tags), text)
+                sounds = [sound for sound in own if sound is not None]
             self._prepared[key] = self.processor(
                 text=text,
                 videos=[decoding.frames(path)[0] for path in videos],
-                audio=[decoding.sound(path, self.processor.sampling_rate) for path in audio],
+                audio=sounds,
             )
         return self._prepared[key]
 
@@ -276,7 +280,7 @@ def test_75_frames_of_the_whole_clip(front: FrontEnd, media: Media, tmp_path: Pa
     assert np.abs(found.numpy() - expected).max() < 0.8  # half a shade is lost in H.264
 
 
-@pytest.mark.parametrize("question", ["What is <video>?", "<audio> and <audio>?"])
+@pytest.mark.parametrize("question", ["What is <|video|>?", "<|audio|> and <|audio|>?"])
 def test_tags_in_the_question_are_refused(front: FrontEnd, media: Media, question: str) -> None:
     with pytest.raises(ValueError, match="do not write <"):
         front.request(media.ask(media.video(), question=question))

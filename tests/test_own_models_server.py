@@ -85,7 +85,7 @@ def test_clip_with_sound(served: Served) -> None:
 
 def test_bad_requests_are_explained(served: Served) -> None:
     server, media = served.server, served.media
-    tagged = {"type": "text", "text": "What is <video>?"}
-    with pytest.raises(openai.BadRequestError, match="do not write <video> yourself"):
+    tagged = {"type": "text", "text": "What is <|video|>?"}
+    with pytest.raises(openai.BadRequestError, match=r"do not write <\|video\|> yourself"):
         ask(server, [media.video(), tagged], {})
     assert ask(server, [media.audio(), QUESTION], {}).usage.completion_tokens == 12

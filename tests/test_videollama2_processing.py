@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
 
 from tests import tiny_videollama2
 from tests.conftest import QUESTION, Media
 from tests.engines import Ask
 from tests.native_models.serving import FrontEnd
+from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
 from vllm_acckv.spans import AUDIO, TEXT, VIDEO, token_modalities
 from vllm_acckv.tools import clips
 
@@ -136,10 +139,79 @@ def test_settings_of_requests(front: FrontEnd, media: Media) -> None:
         config.mm_processor_kwargs = None
 
 
-@pytest.mark.parametrize("question", ["What is <video>?", "<audio> and <audio>?"])
+@pytest.mark.parametrize("question", ["What is <|video|>?", "<|audio|> and <|audio|>?"])
 def test_tags_in_the_question_are_refused(front: FrontEnd, media: Media, question: str) -> None:
     with pytest.raises(ValueError, match="do not write <"):
         front.request(media.ask(media.video(), question=question))
+
+
+def test_tags_are_text_where_there_are_no_media(front: FrontEnd, media: Media) -> None:
+    """And other models' tags always are."""
+    assert spans(front, media.text("What is <|video|>?"))[0][0] == TEXT
+    assert without_text(spans(front, media.text("What is <|video|>?"))) == []
+    found = spans(front, media.ask(media.video(), question="What is <video>, what <audio>?"))
+    assert without_text(found) == [(VIDEO, VIDEO_TOKENS), (AUDIO, AUDIO_TOKENS)]
+
+
+def test_the_sound_of_a_clip_does_not_change_its_pictures(front: FrontEnd, media: Media) -> None:
+    """So the encoder and prefix caches know them again."""
+    config = front.config.model_config.get_multimodal_config()
+    with_sound = front.request(media.ask(media.video())).mm_features
+    try:
+        config.mm_processor_kwargs = {"use_audio_in_video": False}
+        (pictures,) = front.request(media.ask(media.video())).mm_features
+    finally:
+        config.mm_processor_kwargs = None
+    assert pictures.identifier == with_sound[0].identifier
+
+
+def offline(front: FrontEnd, **media: Any) -> Any:
+    processor = front.renderer.get_mm_processor()
+    items = processor.info.parse_mm_data(media)
+    return processor("<|video|><|audio|>"[: 18 if "audio" in media else 9], items)
+
+
+@pytest.mark.parametrize(
+    ("media", "message"),
+    [
+        ({"video": np.zeros((4, 64, 64, 1), np.uint8)}, r"A clip is uint8 \[4, 64, 64, 1\]"),
+        ({"video": np.ones((4, 64, 64, 3))}, r"A clip is float64 \[4, 64, 64, 3\]"),
+        ({"audio": (np.full(16_000, np.nan), 16_000)}, r"A sound is float64 \[16000\]; expected"),
+        ({"audio": (np.ones(16_000, np.int16), 16_000)}, r"A sound is int16 \[16000\]; expected"),
+        ({"audio": (np.ones(0), 16_000)}, r"A sound is float64 \[0\]; expected"),
+    ],
+)
+def test_media_that_cannot_be_right(front: FrontEnd, media: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        offline(front, **media)
+
+
+def test_pictures_of_any_mode(front: FrontEnd) -> None:
+    pictures = [Image.new(mode, (64, 48)) for mode in ("RGBA", "L", "RGB")]
+    found = front.renderer.get_mm_processor().info.processor(videos=[pictures])
+    assert found["pixel_values_videos"].shape == (1, 16, 3, 384, 384)
+
+
+def test_a_clip_named_by_its_uuid(front: FrontEnd) -> None:
+    with pytest.raises(ValueError, match="named by its uuid only brings no sound; send the clip"):
+        front.renderer.get_mm_processor()._sound_of_clips(
+            MultiModalDataItems({"video": VideoProcessorItems([None])}), silence=False
+        )
+
+
+def test_profiling_does_not_ask_for_sound(front: FrontEnd) -> None:
+    config = front.config.model_config.get_multimodal_config()
+    try:
+        config.mm_processor_kwargs = {"use_audio_in_video": True}
+        found = front.renderer.get_mm_processor().get_dummy_mm_inputs({"video": 1, "audio": 0})
+    finally:
+        config.mm_processor_kwargs = None
+    assert found["prompt_token_ids"].count(448) == VIDEO_TOKENS
+
+
+def test_other_numbers_of_frames_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_frames is 8; only 16"):
+        VideoLLaMA2Config(num_frames=8)
 
 
 def test_equal_clips_are_processed_once(front: FrontEnd, media: Media) -> None:

@@ -106,7 +106,7 @@ def build(directory: Path, **config: Any) -> Path:
 
 
 def train_tokenizer() -> Any:
-    """Byte-level BPE like Qwen2's; it knows neither ``<video>`` nor ``<audio>``."""
+    """Byte-level BPE like Qwen2's; it knows neither ``<|video|>`` nor ``<|audio|>``."""
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point ``vllm.general_plugins``: makes models and the KV policy flags known to vLLM.
 
-It runs in every vLLM process, so it imports no model code and changes nothing but the command
-line. A policy is switched on by :mod:`vllm_acckv.engine.startup` when somebody asks for one.
+It runs in every vLLM process, so of models it imports configurations only, and it changes nothing
+but the command line. A policy is switched on by :mod:`vllm_acckv.engine.startup` when somebody asks
+for one.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from vllm_acckv.evaluation import media
 from vllm_acckv.evaluation.arms import Answer, Arm
 from vllm_acckv.evaluation.samples import Sample
 from vllm_acckv.hf import Run, kv_policy
+from vllm_acckv.models.sound import clip_sound
 
 _FPS = 2.0
 """Pictures a second that a model sees, as Qwen2.5-Omni's own examples have it."""
@@ -117,7 +118,10 @@ class InHF:
         source = audio or video
         if source is not None:
             hears = self.processor if self.hears_clips else self.processor.feature_extractor
-            sound = media.sound(source, hears.sampling_rate)
+            if audio is None and self.hears_clips:
+                sound = clip_sound(source, hears.sampling_rate)
+            else:
+                sound = media.sound(source, hears.sampling_rate)
         return pictures, metadata, sound if sound is not None and len(sound) else None
 
     @torch.inference_mode()

@@ -20,7 +20,7 @@ ARCHITECTURES = {
 def register_with_vllm() -> None:
     """Make vLLM know the models, in every process that loads general plugins.
 
-    Code of models and processors is imported when they are made, not here.
+    Only configurations are imported here, models and processors when they are made.
     """
     from vllm import ModelRegistry
 

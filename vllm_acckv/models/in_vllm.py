@@ -4,20 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
-from io import BytesIO
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from vllm import envs
 from vllm.config.multimodal import MultiModalDummyOptions
-from vllm.inputs import MultiModalDataDict, MultiModalInput
+from vllm.inputs import MultiModalDataDict, MultiModalHashes, MultiModalInput
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.media import MediaWithBytes
-from vllm.multimodal.media.audio import load_audio_pyav
 from vllm.multimodal.parse import (
     MultiModalDataItems,
     MultiModalDataParser,
@@ -33,7 +33,8 @@ from vllm.multimodal.processing import (
 )
 
 from vllm_acckv.models import register_processors
-from vllm_acckv.models.processing import AUDIO_TAG, VIDEO_TAG, TaggedProcessor
+from vllm_acckv.models.processing import AUDIO_TAG, VIDEO_TAG, TaggedProcessor, frames_of
+from vllm_acckv.models.sound import clip_sound
 
 # vLLM takes chat templates from AutoProcessor.
 register_processors()
@@ -41,21 +42,16 @@ register_processors()
 _FROM_CLIP = "use_audio_in_video"
 _SILENCE_SECONDS = 30
 
-# Float32 [samples], and how many make a second.
-_Sound = tuple[npt.NDArray[np.float32], float]
-
 
 class TaggedProcessingInfo(BaseProcessingInfo):
     """A checkpoint's processor, made from its tokenizer and configuration alone."""
 
     processor_class: ClassVar[type[TaggedProcessor]]
-    # What resamples the sound of clips: FFmpeg, or like recordings soxr.
-    ffmpeg_resamples: ClassVar[bool] = False
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(ctx)
-        # Now, because it adds tags to the tokenizer, of which vLLM is about to make copies.
-        self.processor = self.processor_class(ctx.get_tokenizer(), ctx.get_hf_config())
+        # A copy, because it adds the tags: in text without media they are no more than text.
+        self.processor = self.processor_class(deepcopy(ctx.get_tokenizer()), ctx.get_hf_config())
 
     def get_hf_processor(self, **_: object) -> TaggedProcessor:
         return self.processor
@@ -103,8 +99,9 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
 
     The sound of a clip counts as a part of its own, directly behind the clip. It is taken from the
     clip's file unless the request has audio parts. ``use_audio_in_video`` (``mm_processor_kwargs``
-    of a request or of the server) decides otherwise: ``false`` ignores the files' sound, ``true``
-    demands it and encodes silence for clips that have none, as the models' authors do.
+    of a request or of the server) decides otherwise: ``false`` ignores the files' sound; ``true``
+    of the server encodes silence for clips that have none, as the models' authors do. (Of a
+    request, vLLM's chat parser refuses such clips.)
     """
 
     def _get_mm_fields_config(
@@ -115,12 +112,17 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
             "input_features": MultiModalFieldConfig.batched("audio"),
         }
 
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        return replace(inputs, hf_processor_mm_kwargs={_FROM_CLIP: False})
+
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         processor = self.info.processor
+        _check_media(inputs.mm_data_items)
         with timing_ctx.record("sound_of_clips"):
-            items, of_clips, has_sound = self._with_sound(inputs)
+            items, has_sound = self._with_sound(inputs)
         prompt = processor.split_tags(inputs.prompt)
-        if of_clips and processor.audio_token_id not in prompt:
+        if any(has_sound) and processor.audio_token_id not in prompt:
             prompt = processor.add_sound_tags(prompt, has_sound)
         for modality, tag, token in (
             ("video", VIDEO_TAG, processor.video_token_id),
@@ -133,18 +135,24 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
                     f"parts; the chat template writes one for each part, so do not write {tag} "
                     "yourself."
                 )
+        kwargs = {**inputs.hf_processor_mm_kwargs, _FROM_CLIP: any(has_sound)}
         return super().apply(
-            replace(
-                inputs,
-                prompt=prompt,
-                mm_data_items=items,
-                hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, _FROM_CLIP: of_clips},
-            ),
+            replace(inputs, prompt=prompt, mm_data_items=items, hf_processor_mm_kwargs=kwargs),
             timing_ctx,
         )
 
-    def _with_sound(self, inputs: ProcessorInputs) -> tuple[MultiModalDataItems, bool, list[bool]]:
-        """All media, whether the sounds among them are the clips', and which clips have one."""
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
+        """Pictures are the same with sound and without."""
+        hashes = super()._get_mm_hashes(inputs)
+        if "video" in hashes:
+            kwargs = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k != _FROM_CLIP}
+            plain = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=kwargs))
+            hashes = {**hashes, "video": plain["video"]}
+        return hashes
+
+    def _with_sound(self, inputs: ProcessorInputs) -> tuple[MultiModalDataItems, list[bool]]:
+        """All media, and of which clips the sounds among them are (of none: they are parts of
+        their own)."""
         items = inputs.mm_data_items
         clips, sounds = (items.get_count(name, strict=False) for name in ("video", "audio"))
         settings = self.info.ctx.get_mm_config().merge_mm_processor_kwargs(
@@ -152,49 +160,87 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
         )
         wanted = settings.get(_FROM_CLIP)
         if wanted is False or not clips or self.info.allowed_mm_limits.get("audio", 0) == 0:
-            return items, False, []
-        if sounds:
-            if wanted and sounds != clips:
-                raise ValueError(
-                    f"{_FROM_CLIP} needs one sound for every clip, but the request has {clips} "
-                    f"clips and {sounds} sounds; leave the audio parts or the setting out."
-                )
-            return items, bool(wanted), [True] * clips if wanted else []
+            return items, []
+        if sounds and not wanted:
+            return items, []
+        if sounds not in (0, clips):
+            raise ValueError(
+                f"{_FROM_CLIP} needs one sound for every clip, but the request has {clips} "
+                f"clips and {sounds} sounds; leave the audio parts or the setting out."
+            )
+        videos = items["video"]
+        files = [clip for clip in getattr(videos, "data", ()) if isinstance(clip, MediaWithBytes)]
+        if sounds and len(files) < clips:  # pictures, with their sound beside them
+            return items, [True] * clips
+        # Also where vLLM's chat parser brings the sound: it decodes in another way.
         found = self._sound_of_clips(items, silence=bool(wanted))
-        if all(sound is None for sound in found):
-            return items, False, []
-        self.info.validate_num_items("audio", sum(sound is not None for sound in found))
+        has_sound = [sound is not None for sound in found]
+        if sum(has_sound) > (most := self.info.allowed_mm_limits["audio"]):
+            raise ValueError(
+                f"The clips bring {sum(has_sound)} sounds, but the server takes {most} in one "
+                f"prompt; send fewer clips, or ask for a higher --limit-mm-per-prompt."
+            )
+        if not any(has_sound):
+            return items, []
         parsed = self.data_parser.parse_mm_data(
             {"audio": [sound for sound in found if sound is not None]}
         )
-        has_sound = [sound is not None for sound in found]
-        return MultiModalDataItems({**items, **parsed}), True, has_sound
+        return MultiModalDataItems({**items, **parsed}), has_sound
 
-    def _sound_of_clips(self, items: MultiModalDataItems, *, silence: bool) -> list[_Sound | None]:
-        """Of every clip; without track ``None``, or silence if asked for."""
+    def _sound_of_clips(
+        self, items: MultiModalDataItems, *, silence: bool
+    ) -> list[npt.NDArray[np.float32] | None]:
+        """Float32 ``[samples]`` of every clip; without track ``None``, or silence if asked for."""
         rate = self.info.processor.sampling_rate
-        nothing = (np.zeros(_SILENCE_SECONDS * rate, np.float32), rate) if silence else None
-        sounds: list[_Sound | None] = []
+        sounds: list[npt.NDArray[np.float32] | None] = []
         videos = items.get("video")
         for clip in videos.data if isinstance(videos, VideoProcessorItems) else ():
+            sound = None
             if clip is None:
                 raise ValueError(
                     "A clip that is named by its uuid only brings no sound; send the clip again, "
                     f"or set {_FROM_CLIP} to false."
                 )
-            if isinstance(clip, MediaWithBytes) and has_track(clip.original_bytes):
-                limit = envs.VLLM_MAX_AUDIO_DECODE_DURATION_S
-                file = BytesIO(clip.original_bytes)
-                to = rate if self.info.ffmpeg_resamples else None
-                sounds.append(load_audio_pyav(file, sr=to, max_duration_s=limit))
-            elif silence and not isinstance(clip, MediaWithBytes):
+            if isinstance(clip, MediaWithBytes):
+                try:
+                    limit = envs.VLLM_MAX_AUDIO_DECODE_DURATION_S
+                    sound = clip_sound(clip.original_bytes, rate, limit)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{error} Set {_FROM_CLIP} to false, or raise the server's "
+                        "VLLM_MAX_AUDIO_DECODE_DURATION_S."
+                    ) from None
+            elif silence:
                 raise ValueError(
                     f"{_FROM_CLIP} needs the clip's file, but the request has pictures only; send "
                     "their sound as audio."
                 )
-            else:
-                sounds.append(nothing)
+            if sound is None and silence:
+                sound = np.zeros(_SILENCE_SECONDS * rate, np.float32)
+            sounds.append(sound)
         return sounds
+
+
+def _check_media(items: MultiModalDataItems) -> None:
+    """Here, because vLLM hides what a Hugging Face processor says.
+
+    Raises:
+        ValueError: for clips and sounds that cannot be what they seem.
+    """
+    for clip in items["video"].get_all() if "video" in items else ():
+        if clip is not None:
+            frames_of(clip)
+    for sound in items["audio"].get_all() if "audio" in items else ():
+        if sound is not None and not (
+            np.issubdtype(sound.dtype, np.floating) and sound.size and np.isfinite(sound).all()
+        ):
+            raise ValueError(
+                f"A sound is {sound.dtype} {list(sound.shape)}; expected one sample or more, as "
+                "finite floating-point numbers from -1 to 1."
+            )
+
+
+_complete: WeakSet[Any] = WeakSet()
 
 
 def load_weights(
@@ -216,7 +262,7 @@ def load_weights(
             yield name, tensor
 
     loaded = AutoWeightsLoader(model).load_weights(noted(), mapper=mapper)
-    if model.quant_config is None:
+    if model.quant_config is None and model not in _complete:  # later updates may be of a part
         expected = {
             name
             for parameter, _ in model.named_parameters()
@@ -224,6 +270,7 @@ def load_weights(
         }
         if missing := sorted(expected - seen):
             raise ValueError(f"The checkpoint lacks weights of {', '.join(missing)}.")
+    _complete.add(model)
     return loaded
 
 
@@ -235,12 +282,30 @@ def _unstacked(parameter: str, stacked: Mapping[str, list[str]]) -> list[str]:
     return [parameter]
 
 
-def has_track(file: bytes) -> bool:
-    """Whether a media file has a sound track."""
-    import av
+def placeholder(modality: str) -> str:
+    """The tag of a part of a chat message.
 
-    try:
-        with av.open(BytesIO(file)) as container:
-            return bool(container.streams.audio)
-    except av.FFmpegError:  # pictures in a form that vLLM reads and FFmpeg does not
-        return False
+    Raises:
+        ValueError: for parts that the models do not take.
+    """
+    tags = {"video": VIDEO_TAG, "audio": AUDIO_TAG}
+    if modality not in tags:
+        raise ValueError(
+            f"Parts of type {modality} are not supported; send video_url or audio_url."
+        )
+    return tags[modality]
+
+
+def total_frames(source: Any) -> int:
+    """How many frames a file says it has.
+
+    Raises:
+        ValueError: if it does not say.
+    """
+    total: int = source.total_frames_num
+    if total <= 0:
+        raise ValueError(
+            "The clip's file does not say how long it is; copy it into a new one, for example with "
+            "ffmpeg -i CLIP -c copy NEW.mp4."
+        )
+    return total

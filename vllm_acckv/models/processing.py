@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the processors of our models have in common: tags in a text, and what stands for them.
 
-The models' published tokenizers know neither ``<video>`` nor ``<audio>``; the original code splits
-the text there. As special tokens they have the same effect: no token reaches across them.
+The models' published tokenizers know no such tags; the original code splits the text there. As
+special tokens they have the same effect: no token reaches across them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 
-VIDEO_TAG, AUDIO_TAG = "<video>", "<audio>"
+# Not the originals' "<video>" and "<audio>", which people write when they ask about web pages.
+VIDEO_TAG, AUDIO_TAG = "<|video|>", "<|audio|>"
 
 _LOADING = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code")
 
@@ -157,15 +158,21 @@ def listed(media: Any, dims: int) -> list[Any]:
 
 
 def frames_of(video: Any) -> npt.NDArray[np.uint8]:
-    """uint8 ``[frames, height, width, 3]`` of a clip given as array, tensor or list of pictures."""
+    """uint8 ``[frames, height, width, 3]`` of a clip given as array, tensor or list of pictures.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if hasattr(video, "cpu"):
         video = video.cpu()
+    if isinstance(video, list) and video and hasattr(video[0], "convert"):  # PIL's
+        video = [picture.convert("RGB") for picture in video]
     frames = np.asarray(video)
     if frames.ndim == 4 and frames.shape[-1] != 3 and frames.shape[1] == 3:
         frames = frames.transpose(0, 2, 3, 1)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(
-            f"A clip is {list(frames.shape)}; expected [frames, height, width, 3] with 1 frame or "
-            "more."
+            f"A clip is {frames.dtype} {list(frames.shape)}; expected uint8 [frames, height, "
+            "width, 3] with one frame or more."
         )
-    return frames.astype(np.uint8, copy=False)
+    return frames

@@ -85,6 +85,7 @@ MODELS = (
             "Tested on random weights only: a tiny model, and the published names and shapes.",
             "Where the original crops at random, sound keeps its first 30 s. A clip's own sound is "
             "sampled as the original does, 8 pieces of 2 s; an audio part is taken as a recording.",
+            "`num_frames` other than 16 is refused.",
             "Pictures are resized without keeping their shape, as in the original's inference "
             "(`image_aspect_ratio` of the file is the training's).",
             "Images are not taken; towers and connector are not split over tensor-parallel ranks, "
@@ -234,9 +235,12 @@ _MORE = (
     "",
     "`vllm serve DAMO-NLP-SG/VideoLLaMA2.1-7B-AV --kv-policy acckv` loads the published files as",
     "they are; nothing else is downloaded, whatever towers `config.json` names. A client sends",
-    "the mp4 alone, and its sound comes with it. `use_audio_in_video` in `mm_processor_kwargs`",
-    "(of the server, or of a request under `--trust-request-mm-kwargs`) decides otherwise: `false`",
-    "ignores the sound, `true` encodes silence for clips without sound, as the original does.",
+    "the mp4 alone, and its sound comes with it, unless the request has audio parts of its own.",
+    "`use_audio_in_video` in `mm_processor_kwargs` decides otherwise: `false` (of the server, or",
+    "of a request under `--trust-request-mm-kwargs`) ignores the sound; `true` of the server",
+    "encodes silence for clips without it, as the original does. Audio parts are recordings:",
+    "channels are averaged, and the first 30 s are heard. Sound of more than 600 s is refused",
+    "(`VLLM_MAX_AUDIO_DECODE_DURATION_S`).",
     "",
     "AVicuna is published in pieces. One command makes a checkpoint of them, which is served the",
     "same way:",

@@ -36,8 +36,8 @@ class AVicunaConfig(LlamaConfig):
         clip_config: overrides of CLIP ViT-L/14@224.
         clap_config: overrides of CLAP HTSAT-fused.
         mel_range: lowest and highest frequency in Hz that CLAP hears.
-        video_token_id, audio_token_id: ids of ``<video>`` and ``<audio>``, which are added to the
-            tokenizer; the defaults are the first two that Vicuna's does not have.
+        video_token_id, audio_token_id: ids of ``<|video|>`` and ``<|audio|>``, which are added to
+            the tokenizer; the defaults are the first two that Vicuna's does not have.
     """
 
     model_type = "avicuna"

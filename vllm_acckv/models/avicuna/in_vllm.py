@@ -52,8 +52,9 @@ from vllm_acckv.models.in_vllm import (
     TaggedMultiModalProcessor,
     TaggedProcessingInfo,
     load_weights,
+    placeholder,
+    total_frames,
 )
-from vllm_acckv.models.processing import AUDIO_TAG, VIDEO_TAG
 
 _PUBLISHED = AVicunaConfig()
 
@@ -72,7 +73,7 @@ class AVicunaVideoBackend(VideoBackend):
 
     @classmethod
     def compute_frames_index_to_sample(cls, source: Any, target: Any, **_: Any) -> list[int]:
-        total = source.total_frames_num
+        total = total_frames(source)
         # Decoders give no frame twice: of a short clip the processor repeats some.
         frames = min(total, _PUBLISHED.num_frames)
         return np.linspace(0, total - 1, frames, dtype=int).tolist()
@@ -233,7 +234,7 @@ class AVicunaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP,
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        return {"video": VIDEO_TAG, "audio": AUDIO_TAG}[modality]
+        return placeholder(modality)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

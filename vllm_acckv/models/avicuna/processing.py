@@ -41,8 +41,8 @@ _CHAT_TEMPLATE = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% set media = namespace(last=false) %}"
     "{% for part in message['content'] %}"
-    "{% if 'video' in part['type'] %}{{ '<video>' }}{% set media.last = true %}"
-    "{% elif 'audio' in part['type'] %}{{ '<audio>' }}{% set media.last = true %}"
+    "{% if 'video' in part['type'] %}{{ '<|video|>' }}{% set media.last = true %}"
+    "{% elif 'audio' in part['type'] %}{{ '<|audio|>' }}{% set media.last = true %}"
     "{% elif 'text' in part %}"
     "{{ ('\\n ' if media.last else '') + part['text'] }}{% set media.last = false %}"
     "{% endif %}{% endfor %}{% endif %}"
@@ -55,9 +55,10 @@ _CHAT_TEMPLATE = (
 class AVicunaProcessor(TaggedProcessor):
     """Prompts of AVicuna.
 
-    ``<video><audio>`` is a clip with sound: 25 sound tokens, each in front of three picture tokens.
-    ``<video>`` alone is a clip without: its 100 tokens are all video, and a quarter of them says
-    that there is nothing to hear. ``<audio>`` alone is one token per window of ten seconds, every
+    ``<|video|><|audio|>`` is a clip with sound: 25 sound tokens, each in front of three picture
+    tokens.
+    ``<|video|>`` alone is a clip without: its 100 tokens are all video, and a quarter of them says
+    that there is nothing to hear. ``<|audio|>`` alone is one token per window of ten seconds, every
     four seconds. So the model was trained; the original program itself only takes whole clips.
     """
 
@@ -127,7 +128,7 @@ class AVicunaProcessor(TaggedProcessor):
         return tokens
 
     def pairs(self, ids: Sequence[int]) -> tuple[list[bool], list[bool]]:
-        """Of the clips and of the sounds in a prompt, which make a pair: ``<video><audio>``."""
+        """Of the clips and of the sounds in a prompt, which make a pair: ``<|video|><|audio|>``."""
         video, audio = self.video_token_id, self.audio_token_id
         follower, leader = [*ids[1:], None], [None, *ids[:-1]]
         clips = [after == audio for one, after in zip(ids, follower, strict=True) if one == video]

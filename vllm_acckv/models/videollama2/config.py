@@ -14,6 +14,8 @@ from transformers import Qwen2Config, SiglipVisionConfig
 
 from vllm_acckv.models.beats import BeatsConfig
 
+FRAMES = 16
+
 # google/siglip-so400m-patch14-384
 _SIGLIP = {
     "hidden_size": 1152,
@@ -33,7 +35,7 @@ class VideoLLaMA2Config(Qwen2Config):
         num_frames: pictures that stand for a clip, T.
         vision_tower_config: overrides of SigLIP so400m/14@384.
         audio_tower_config: overrides of :class:`vllm_acckv.models.beats.BeatsConfig`.
-        video_token_id, audio_token_id: what ``<video>`` and ``<audio>`` become in
+        video_token_id, audio_token_id: what ``<|video|>`` and ``<|audio|>`` become in
             transformers. The published tokenizer has neither; these are the two ids behind its
             last one, which the embedding table has rows for.
     """
@@ -48,7 +50,7 @@ class VideoLLaMA2Config(Qwen2Config):
     mm_audio_tower: str | None = None
     mm_projector_a_type: str = "mlp2x_gelu"
     mm_hidden_size_a: int = 768
-    num_frames: int = 16
+    num_frames: int = FRAMES
 
     vision_tower_config: dict[str, Any] | None = None
     audio_tower_config: dict[str, Any] | None = None
@@ -61,6 +63,7 @@ class VideoLLaMA2Config(Qwen2Config):
             "mm_projector_type": "stc_connector_v35",
             "mm_projector_a_type": "mlp2x_gelu",
             "mm_vision_select_feature": "patch",
+            "num_frames": FRAMES,  # vLLM's loader of clips does not see this file
         }
         for name, value in expected.items():
             if getattr(self, name) != value:

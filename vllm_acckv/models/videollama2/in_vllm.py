@@ -36,8 +36,9 @@ from vllm_acckv.models.in_vllm import (
     TaggedMultiModalProcessor,
     TaggedProcessingInfo,
     load_weights,
+    placeholder,
+    total_frames,
 )
-from vllm_acckv.models.processing import AUDIO_TAG, VIDEO_TAG
 from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
 from vllm_acckv.models.videollama2.connector import STCConnector, audio_projector
 from vllm_acckv.models.videollama2.processing import (
@@ -60,7 +61,7 @@ class VideoLLaMA2VideoBackend(VideoBackend):
 
     @classmethod
     def compute_frames_index_to_sample(cls, source: Any, target: Any, **_: Any) -> list[int]:
-        total = source.total_frames_num
+        total = total_frames(source)
         # Decoders give no frame twice: of a short clip the processor repeats some.
         return list(range(total)) if total < _FRAMES else middle_frames(total, _FRAMES).tolist()
 
@@ -68,7 +69,6 @@ class VideoLLaMA2VideoBackend(VideoBackend):
 class VideoLLaMA2ProcessingInfo(TaggedProcessingInfo):
     processor_class = VideoLLaMA2Processor
     processor: VideoLLaMA2Processor
-    ffmpeg_resamples = True  # as in the original
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         limits = super().get_supported_mm_limits()
@@ -142,7 +142,7 @@ class VideoLLaMA2ForConditionalGeneration(nn.Module, SupportsMultiModal, Support
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        return {"video": VIDEO_TAG, "audio": AUDIO_TAG}[modality]
+        return placeholder(modality)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class VideoLLaMA2ForConditionalGeneration(nn.Module, SupportsMultiModal, Support
             vision = config.vision_tower
             self.vision_tower = SiglipVisionModel(
                 vision,
-                vllm_config.quant_config,
+                None,  # checkpoints are quantized in their decoder
                 num_hidden_layers_override=vision.num_hidden_layers,
                 require_post_norm=False,
                 prefix=maybe_prefix(prefix, "vision_tower"),
