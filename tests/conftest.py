@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"})
+# Copies of the code that some checkpoints bring.
+os.environ["HF_MODULES_CACHE"] = str(Path(__file__).parent.parent / ".pytest_cache" / "hf_modules")
 
 import torch
 
