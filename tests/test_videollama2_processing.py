@@ -133,13 +133,16 @@ def test_settings_of_requests(front: FrontEnd, media: Media) -> None:
         assert without_text(spans(front, media.ask(media.video()))) == [video]
         config.mm_processor_kwargs = {"use_audio_in_video": True}
         assert without_text(spans(front, media.ask(media.video(sound=False)))) == [video, audio]
+        asks = media.ask(media.video(), media.audio()), media.ask(media.video())
+        given, of_clip = (front.request(one).mm_features[1].identifier for one in asks)
+        assert given != of_clip  # what a client sends is heard
         with pytest.raises(ValueError, match="one sound for every clip"):
             front.request(media.ask(media.video(), media.audio(), media.audio(seed=1)))
     finally:
         config.mm_processor_kwargs = None
 
 
-@pytest.mark.parametrize("question", ["What is <|video|>?", "<|audio|> and <|audio|>?"])
+@pytest.mark.parametrize("question", ["What is <|video|>?", "And <|audio|>?", "<|audio|><|audio|>"])
 def test_tags_in_the_question_are_refused(front: FrontEnd, media: Media, question: str) -> None:
     with pytest.raises(ValueError, match="do not write <"):
         front.request(media.ask(media.video(), question=question))

@@ -119,10 +119,11 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         processor = self.info.processor
         _check_media(inputs.mm_data_items)
-        with timing_ctx.record("sound_of_clips"):
-            items, has_sound = self._with_sound(inputs)
         prompt = processor.split_tags(inputs.prompt)
-        if any(has_sound) and processor.audio_token_id not in prompt:
+        beside = prompt.count(processor.audio_token_id) > 0
+        with timing_ctx.record("sound_of_clips"):
+            items, has_sound = self._with_sound(inputs, beside)
+        if not (beside and "audio" in inputs.mm_data_items):
             prompt = processor.add_sound_tags(prompt, has_sound)
         for modality, tag, token in (
             ("video", VIDEO_TAG, processor.video_token_id),
@@ -150,9 +151,15 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
             hashes = {**hashes, "video": plain["video"]}
         return hashes
 
-    def _with_sound(self, inputs: ProcessorInputs) -> tuple[MultiModalDataItems, list[bool]]:
+    def _with_sound(
+        self, inputs: ProcessorInputs, beside: bool
+    ) -> tuple[MultiModalDataItems, list[bool]]:
         """All media, and of which clips the sounds among them are (of none: they are parts of
-        their own)."""
+        their own).
+
+        Args:
+            beside: sounds of the request have tags of their own in the prompt.
+        """
         items = inputs.mm_data_items
         clips, sounds = (items.get_count(name, strict=False) for name in ("video", "audio"))
         settings = self.info.ctx.get_mm_config().merge_mm_processor_kwargs(
@@ -170,7 +177,7 @@ class TaggedMultiModalProcessor(BaseMultiModalProcessor[TaggedProcessingInfo]):
             )
         videos = items["video"]
         files = [clip for clip in getattr(videos, "data", ()) if isinstance(clip, MediaWithBytes)]
-        if sounds and len(files) < clips:  # pictures, with their sound beside them
+        if sounds and (beside or len(files) < clips):  # the client says what is to be heard
             return items, [True] * clips
         # Also where vLLM's chat parser brings the sound: it decodes in another way.
         found = self._sound_of_clips(items, silence=bool(wanted))
