@@ -174,7 +174,21 @@ def difference(answer: Answer, logprobs: Any) -> float:
     return _differences[-1]
 
 
+_stages: dict[str, float] = {}
+
+
+def assert_stage(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """A stage of a model is that of an independent implementation, up to 1e-4 in fp32."""
+    assert found.shape == expected.shape
+    _stages[name] = float((found - expected).abs().max())
+    assert _stages[name] <= 1e-4, name
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _stages:
+        terminalreporter.write_line("largest difference of a stage to independent implementations:")
+        for name, stage in _stages.items():
+            terminalreporter.write_line(f"  {stage:.1e} {name}")
     if _differences:
         terminalreporter.write_line(
             f"largest difference of log-probability to transformers: {max(_differences):.1e} "

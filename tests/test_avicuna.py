@@ -16,6 +16,7 @@ from torchvision import transforms
 from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel, CLIPModel
 
 from tests import tiny_avicuna
+from tests.conftest import assert_stage
 from tests.tiny_avicuna import AUDIO_TOKEN, VIDEO_TOKEN
 from vllm_acckv.hf import kv_policy
 from vllm_acckv.models.avicuna.config import AVicunaConfig
@@ -278,14 +279,14 @@ def test_towers_and_projectors(
         assert vectors.std(0).min() > 1e-3  # inputs matter
     media = model.media
     one_by_one = media.clip(pixel_values=inputs["pixel_values_videos"][0]).image_embeds
-    assert (one_by_one - seen).abs().max() < 1e-4
+    assert_stage("AVicuna, CLIP", one_by_one, seen)
     for vectors, file, tokens in (
         (seen, "mm_projector", media.embed_videos(inputs["pixel_values_videos"], [True])),
         (heard, "mm_projector_a", media.embed_audio(inputs["input_features"], [6], [False])),
     ):
         trained = torch.load(folder / f"{file}.bin", weights_only=True)
         projected = vectors @ trained[f"model.{file}.weight"].T + trained[f"model.{file}.bias"]
-        assert (tokens[0] - projected).abs().max() < 1e-4
+        assert_stage(f"AVicuna, {file}", tokens[0], projected)
 
 
 @torch.inference_mode()
@@ -345,7 +346,7 @@ def test_first_logits(folder: Path, processor: AVicunaProcessor, model: AVicunaF
     assert next(seen, None) is None and next(order, None) is None
     found = model(**inputs).logits[0]
     assert expected.std() > 1
-    assert (found - expected).abs().max() < 1e-4
+    assert_stage("AVicuna, logits", found, expected)
 
 
 def projected(weights: dict[str, torch.Tensor], name: str, vectors: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from tests import tiny_videollama2
-from tests.conftest import Media
+from tests.conftest import Media, assert_stage
 from tests.own_models import OwnModel, layouts
 from tests.test_beats import openbeats, oracle_with  # noqa: F401
 from vllm_acckv.models.beats import Beats
@@ -37,8 +37,6 @@ from vllm_acckv.models.videollama2.processing import (
     sampled_sound,
     thirty_seconds,
 )
-
-TOLERANCE = 1e-4
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # openbeats uses old torch names
 
@@ -114,10 +112,9 @@ def beats(module: ModuleType, weights: dict[str, torch.Tensor], own: OwnModel) -
     return oracle_with(module, model, config)
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert actual.shape == expected.shape
+def assert_close(stage: str, found: torch.Tensor, expected: torch.Tensor) -> None:
     assert expected.std() > 0.1  # something to be wrong about
-    assert (actual - expected).abs().max() <= TOLERANCE
+    assert_stage(f"VideoLLaMA2, {stage}", found, expected)
 
 
 @torch.inference_mode()
@@ -133,15 +130,15 @@ def test_every_stage(
     (pixels,), (features,) = inputs["pixel_values_videos"], inputs["input_features"]
 
     patches = siglip(weights)(pixels, output_hidden_states=True).hidden_states[-2]
-    assert_close(model.vision_tower(pixels), patches)
+    assert_close("SigLIP", model.vision_tower(pixels), patches)
     video = connect(weights, patches)
-    assert_close(model.embed_videos(pixels[None])[0], video)
+    assert_close("STC connector", model.embed_videos(pixels[None])[0], video)
 
     oracle = beats(openbeats, weights, own)
     heard = oracle.extract_features(features[None], skip_fbank_extraction=True)[0]
-    assert_close(model.audio_tower(features[None]), heard)
+    assert_close("BEATs", model.audio_tower(features[None]), heard)
     audio = mlp(below(weights, "model.mm_projector_a."), heard[0])
-    assert_close(model.embed_audio(features[None])[0], audio)
+    assert_close("audio projector", model.embed_audio(features[None])[0], audio)
 
     names = {*Qwen2Config().to_dict(), "rope_theta"} - {"model_type"}
     config = {k: v for k, v in tiny_videollama2.CONFIG.items() if k in names}
@@ -154,7 +151,8 @@ def test_every_stage(
     text = [embed(torch.tensor(part)) for part in (ids[:start], ids[end:])]
     prompt = torch.cat([text[0], video, audio, text[1]])
     expected = decoder(inputs_embeds=prompt[None]).logits[0, -1]
-    assert_close(own.model(**inputs, logits_to_keep=1).logits[0, -1], expected)
+    found = own.model(**inputs, logits_to_keep=1).logits[0, -1]
+    assert_close("first logits", found, expected)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +191,8 @@ def test_filter_bank(kaldi: Any, kind: str) -> None:
     )
     features = torch.from_numpy(kaldi_fbank(scaled)).float()
     assert features.shape == expected.shape == (498, 128)
-    assert (features - expected).abs().max() / (2 * 6.55582) < TOLERANCE  # as the encoder sees it
+    # As the encoder sees it.
+    assert_stage(f"filter bank of {kind}", features / (2 * 6.55582), expected / (2 * 6.55582))
     rounded = fbank(waveform)
     assert torch.equal(rounded, features.bfloat16().float())
 
