@@ -12,10 +12,18 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from vllm import envs
+from vllm.config import VllmConfig
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalDataDict, MultiModalHashes, MultiModalInput
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import (
@@ -31,6 +39,7 @@ from vllm.multimodal.processing import (
     ProcessorInputs,
     TimingContext,
 )
+from vllm.sequence import IntermediateTensors
 
 from vllm_acckv.models import register_processors
 from vllm_acckv.models.processing import AUDIO_TAG, VIDEO_TAG, TaggedProcessor, frames_of
@@ -287,6 +296,56 @@ def _unstacked(parameter: str, stacked: Mapping[str, list[str]]) -> list[str]:
         if f".{whole}." in parameter:
             return [parameter.replace(f".{whole}.", f".{part}.") for part in parts]
     return [parameter]
+
+
+class TaggedModel(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
+    """A decoder of vLLM with media in front of it. LoRA reaches the decoder only.
+
+    A model's own class makes its towers, names the decoder (`make_decoder`) and embeds media.
+    """
+
+    language_model: Any
+    hf_to_vllm_mapper: WeightsMapper
+
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        return placeholder(modality)
+
+    def make_decoder(self, vllm_config: VllmConfig, prefix: str, architecture: str) -> None:
+        self.quant_config = vllm_config.quant_config
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
+            self.language_model = init_vllm_registered_model(
+                vllm_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=[architecture],
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **_: object,
+    ) -> torch.Tensor | IntermediateTensors:
+        if intermediate_tensors is not None:
+            inputs_embeds = None
+        return self.language_model.model(
+            input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
+        )
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        logits: torch.Tensor | None = self.language_model.compute_logits(hidden_states)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return load_weights(self, weights, self.hf_to_vllm_mapper)
 
 
 def placeholder(modality: str) -> str:

@@ -3,29 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import BatchFeature
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.inputs import MultiModalHashes
 from vllm.model_executor.models.interfaces import (
     MultiModalEmbeddings,
-    SupportsLoRA,
-    SupportsMultiModal,
-    SupportsPP,
 )
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.qwen2_5_omni_thinker import merge_interleaved_embeddings
 from vllm.model_executor.models.utils import (
     WeightsMapper,
-    init_vllm_registered_model,
-    maybe_prefix,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
@@ -41,7 +35,6 @@ from vllm.multimodal.processing.processor import (
     PlaceholderFeaturesInfo,
 )
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
-from vllm.sequence import IntermediateTensors
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_acckv.models.avicuna.config import AVicunaConfig
@@ -49,10 +42,9 @@ from vllm_acckv.models.avicuna.media import Media
 from vllm_acckv.models.avicuna.processing import SAMPLING_RATE, STRIDE, WINDOW, AVicunaProcessor
 from vllm_acckv.models.in_vllm import (
     TaggedDummyInputs,
+    TaggedModel,
     TaggedMultiModalProcessor,
     TaggedProcessingInfo,
-    load_weights,
-    placeholder,
     total_frames,
 )
 
@@ -215,16 +207,11 @@ class AVicunaMultiModalProcessor(TaggedMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(
     AVicunaMultiModalProcessor, info=AVicunaProcessingInfo, dummy_inputs=AVicunaDummyInputs
 )
-class AVicunaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
+class AVicunaForConditionalGeneration(TaggedModel):
     """Loads what ``vllm-acckv convert avicuna`` writes. LoRA reaches the decoder only."""
 
     media: Any
-    language_model: Any
 
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={
             "model.": "language_model.model.",
@@ -232,25 +219,15 @@ class AVicunaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP,
         }
     )
 
-    @classmethod
-    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        return placeholder(modality)
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: AVicunaConfig = vllm_config.model_config.hf_config
-        self.config, self.quant_config = config, vllm_config.quant_config
+        self.config = config
         with self._mark_tower_model(vllm_config, {"video", "audio"}):  # type: ignore[operator]
             self.media = Media(config)
         # Spectrograms in decibels lose too much in 16 bits, and CLAP is small.
         self.media.clap.float()
-        with self._mark_language_model(vllm_config):  # type: ignore[operator]
-            self.language_model = init_vllm_registered_model(
-                vllm_config,
-                prefix=maybe_prefix(prefix, "language_model"),
-                architectures=["LlamaForCausalLM"],
-            )
-        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.make_decoder(vllm_config, prefix, "LlamaForCausalLM")
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
         """Embeddings ``[tokens, hidden]`` of clips or sounds.
@@ -290,27 +267,6 @@ class AVicunaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP,
                 is_multimodal & (ids == self.config.audio_token_id),
                 is_multimodal,
             )
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **_: object,
-    ) -> torch.Tensor | IntermediateTensors:
-        if intermediate_tensors is not None:
-            inputs_embeds = None
-        return self.language_model.model(
-            input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
-        )
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        logits: torch.Tensor | None = self.language_model.compute_logits(hidden_states)
-        return logits
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return load_weights(self, weights, self.hf_to_vllm_mapper)
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(

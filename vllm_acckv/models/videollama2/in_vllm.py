@@ -4,23 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import nn
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import (
     MultiModalEmbeddings,
-    SupportsLoRA,
-    SupportsMultiModal,
-    SupportsPP,
 )
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.siglip import SiglipVisionModel
 from vllm.model_executor.models.utils import (
     WeightsMapper,
-    init_vllm_registered_model,
     maybe_prefix,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -28,15 +23,13 @@ from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
-from vllm.sequence import IntermediateTensors
 
 from vllm_acckv.models.beats import CHECKPOINT_KEYS, Beats
 from vllm_acckv.models.in_vllm import (
     TaggedDummyInputs,
+    TaggedModel,
     TaggedMultiModalProcessor,
     TaggedProcessingInfo,
-    load_weights,
-    placeholder,
     total_frames,
 )
 from vllm_acckv.models.videollama2.config import VideoLLaMA2Config
@@ -115,19 +108,14 @@ class VideoLLaMA2MultiModalProcessor(TaggedMultiModalProcessor):
     info=VideoLLaMA2ProcessingInfo,
     dummy_inputs=VideoLLaMA2DummyInputs,
 )
-class VideoLLaMA2ForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
+class VideoLLaMA2ForConditionalGeneration(TaggedModel):
     """Loads the published files as they are. LoRA reaches the decoder only."""
 
     vision_tower: Any
     mm_projector: Any
     audio_tower: Any
     mm_projector_a: Any
-    language_model: Any
 
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_regex=CHECKPOINT_KEYS,
         orig_to_new_prefix={
@@ -140,14 +128,10 @@ class VideoLLaMA2ForConditionalGeneration(nn.Module, SupportsMultiModal, Support
         },
     )
 
-    @classmethod
-    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        return placeholder(modality)
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: VideoLLaMA2Config = vllm_config.model_config.hf_config
-        self.config, self.quant_config = config, vllm_config.quant_config
+        self.config = config
         self.configure_mm_token_handling(  # type: ignore[operator]
             config.vocab_size, [config.video_token_id, config.audio_token_id]
         )
@@ -165,13 +149,7 @@ class VideoLLaMA2ForConditionalGeneration(nn.Module, SupportsMultiModal, Support
             with self._mark_tower_model(vllm_config, "audio"):  # type: ignore[operator]
                 self.audio_tower = Beats(config.audio_tower)
                 self.mm_projector_a = audio_projector(config)
-        with self._mark_language_model(vllm_config):  # type: ignore[operator]
-            self.language_model = init_vllm_registered_model(
-                vllm_config,
-                prefix=maybe_prefix(prefix, "language_model"),
-                architectures=["Qwen2ForCausalLM"],
-            )
-        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.make_decoder(vllm_config, prefix, "Qwen2ForCausalLM")
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Embeddings ``[tokens, hidden]`` of clips and sounds, in the order of ``kwargs``.
@@ -199,27 +177,6 @@ class VideoLLaMA2ForConditionalGeneration(nn.Module, SupportsMultiModal, Support
         """``[2998, 128]`` to ``[audio tokens, hidden]``."""
         tokens: torch.Tensor = self.mm_projector_a(self.audio_tower(features[None]))[0]
         return tokens
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **_: object,
-    ) -> torch.Tensor | IntermediateTensors:
-        if intermediate_tensors is not None:
-            inputs_embeds = None
-        return self.language_model.model(
-            input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
-        )
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        logits: torch.Tensor | None = self.language_model.compute_logits(hidden_states)
-        return logits
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return load_weights(self, weights, self.hf_to_vllm_mapper)
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(
