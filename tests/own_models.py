@@ -21,6 +21,7 @@ from vllm_acckv.models.sound import clip_sound
 
 if TYPE_CHECKING:
     from tests.conftest import Media
+    from tests.engines import Trace
 
 BLOCK_SIZE = 32
 
@@ -105,3 +106,29 @@ class OwnModel:
 def path_of(part: dict[str, Any]) -> Path:
     """File of a part of a chat message."""
     return Path(unquote(urlparse(part[part["type"]]["url"]).path))
+
+
+def with_policy(ask: Ask, policy: str, **options: Any) -> Ask:
+    return Ask(ask.messages, xargs={"kv_policy": policy, "kv_policy_config": options})
+
+
+def assert_like_transformers(
+    trace: Trace, asks: list[Ask], own: OwnModel, *, first_heads: bool = False
+) -> None:
+    """Prompt, tokens, log-probabilities and kept entries of every request.
+
+    Args:
+        first_heads: what was kept is known of rank 0's heads only.
+    """
+    from tests.conftest import difference  # not for gpu_check.py, which does without pytest
+
+    for number, (ask, answer) in enumerate(zip(asks, trace.answers, strict=True)):
+        settings = {"policy": ask.xargs["kv_policy"], **ask.xargs["kv_policy_config"]}
+        prompt, logprobs, layers = own.run_policy(ask, settings, answer.tokens)
+        assert answer.prompt == prompt
+        assert difference(answer, logprobs) < 1e-3, settings
+        assert answer.tokens == logprobs.argmax(-1).tolist(), settings
+        for name, layer in trace.kept.get(f"r{number}", {}).items():
+            expected = layers[int(name.split(".")[-3])]
+            heads = len(layer["tokens"]) if first_heads else len(expected)
+            assert layer["tokens"] == expected[:heads], (settings, name)

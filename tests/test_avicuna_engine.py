@@ -15,10 +15,16 @@ import pytest
 import torch
 
 from tests import tiny_avicuna
-from tests.conftest import Media, difference
-from tests.engines import TWO_CORES, TWO_STAGES, Ask, Engine, Trace
+from tests.conftest import Media
+from tests.engines import TWO_CORES, TWO_STAGES, Ask, Engine
 from tests.native_models.serving import FrontEnd
-from tests.own_models import OwnModel, layouts, path_of
+from tests.own_models import (
+    OwnModel,
+    assert_like_transformers,
+    layouts,
+    path_of,
+    with_policy,
+)
 from tests.test_engine_policies import NO_MEMORY, POLICIES
 from tests.tiny_avicuna import AUDIO_TOKEN, VIDEO_TOKEN
 from vllm_acckv.evaluation import media as decoding
@@ -115,30 +121,6 @@ def requests(media: Media) -> dict[str, tuple[Ask, str]]:
         f"{WITH_SOUND} A",
     )
     return asks
-
-
-def with_policy(ask: Ask, policy: str, **options: Any) -> Ask:
-    return Ask(ask.messages, xargs={"kv_policy": policy, "kv_policy_config": options})
-
-
-def assert_like_transformers(
-    trace: Trace, asks: list[Ask], own: AVicuna, *, first_heads: bool = False
-) -> None:
-    """Prompt, tokens, log-probabilities and kept entries of every request.
-
-    Args:
-        first_heads: what was kept is known of rank 0's heads only.
-    """
-    for number, (ask, answer) in enumerate(zip(asks, trace.answers, strict=True)):
-        settings = {"policy": ask.xargs["kv_policy"], **ask.xargs["kv_policy_config"]}
-        prompt, logprobs, layers = own.run_policy(ask, settings, answer.tokens)
-        assert answer.prompt == prompt
-        assert difference(answer, logprobs) < 1e-3, settings
-        assert answer.tokens == logprobs.argmax(-1).tolist(), settings
-        for name, layer in trace.kept.get(f"r{number}", {}).items():
-            expected = layers[int(name.split(".")[-3])]
-            heads = len(layer["tokens"]) if first_heads else len(expected)
-            assert layer["tokens"] == expected[:heads], (settings, name)
 
 
 def test_every_layout(engine: Engine, own: AVicuna, media: Media) -> None:

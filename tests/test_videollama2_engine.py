@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests import tiny_videollama2
-from tests.conftest import Media, difference
-from tests.engines import RUNNER_V2, TWO_CORES, TWO_STAGES, Ask, Engine, Trace
-from tests.own_models import OwnModel, layouts
+from tests.conftest import Media
+from tests.engines import RUNNER_V2, TWO_CORES, TWO_STAGES, Engine
+from tests.own_models import OwnModel, assert_like_transformers, layouts, with_policy
 from tests.test_engine_lora import write_lora
 from tests.test_engine_policies import NO_MEMORY, POLICIES
 
@@ -37,30 +37,6 @@ def engine(checkpoint: Path) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def own(checkpoint: Path) -> OwnModel:
     return OwnModel(checkpoint)
-
-
-def with_policy(ask: Ask, policy: str, **options: Any) -> Ask:
-    return Ask(ask.messages, xargs={"kv_policy": policy, "kv_policy_config": options})
-
-
-def assert_like_transformers(
-    trace: Trace, asks: list[Ask], own: OwnModel, *, first_heads: bool = False
-) -> None:
-    """Prompt, tokens, log-probabilities and kept entries of every request.
-
-    Args:
-        first_heads: what was kept is known of rank 0's heads only.
-    """
-    for number, (ask, answer) in enumerate(zip(asks, trace.answers, strict=True)):
-        settings = {"policy": ask.xargs["kv_policy"], **ask.xargs["kv_policy_config"]}
-        prompt, logprobs, layers = own.run_policy(ask, settings, answer.tokens)
-        assert answer.prompt == prompt
-        assert difference(answer, logprobs) < 1e-3, settings
-        assert answer.tokens == logprobs.argmax(-1).tolist(), settings
-        for name, layer in trace.kept.get(f"r{number}", {}).items():
-            expected = layers[int(name.split(".")[-3])]
-            heads = len(layer["tokens"]) if first_heads else len(expected)
-            assert layer["tokens"] == expected[:heads], (settings, name)
 
 
 def test_every_layout(engine: Engine, own: OwnModel, media: Media) -> None:
